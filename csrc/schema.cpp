@@ -1,0 +1,46 @@
+// Every operator of hdrops, one line each. Shapes and dtypes are checked in Python, where the message can
+// say everything (hdrops/ops/<family>.py); the bindings check again what memory safety rests on.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(hdrops, m) {
+  // The instruction set the CPU kernels use in this process (common/isa.h), for `hdrops info`.
+  m.def("_simd_level() -> int");
+
+  // Deformable convolution, OP-1.
+  m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, SymInt[2] stride, "
+      "SymInt[2] padding, SymInt[2] dilation) -> Tensor");
+  m.def(
+      "_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[5] output_mask, bool deterministic) "
+      "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_bias, Tensor grad_mask)");
+
+  // Camera response curves: curve [N|1, C|1, L], input [N, C, P] in memory order (contiguous or channels last).
+  m.def("crf_lookup(Tensor input, Tensor curve, str mode, float gradient_scale) -> Tensor");
+  m.def(
+      "_crf_lookup_backward(Tensor grad_output, Tensor input, Tensor curve, str mode, float gradient_scale, "
+      "bool[2] output_mask) -> (Tensor grad_input, Tensor grad_curve)");
+
+  // Exposure merging, OP-10: weight [L], curve [N|1, C|1, L] or none for a linear response.
+  m.def(
+      "merge_exposures(Tensor stack, Tensor log_exposures, Tensor? curve, Tensor weight, Tensor? mask, "
+      "bool fallback) -> Tensor");
+  m.def(
+      "_merge_exposures_backward(Tensor grad_output, Tensor output, Tensor stack, Tensor log_exposures, "
+      "Tensor? curve, Tensor weight, Tensor? mask, bool fallback, bool[3] output_mask) "
+      "-> (Tensor grad_stack, Tensor grad_log_exposures, Tensor grad_curve)");
+
+  // Histogram features, OP-11 and OP-12.
+  m.def("tent_histogram(Tensor input, int[] bins) -> Tensor");
+  m.def("_tent_histogram_backward(Tensor grad_output, Tensor input, int[] bins) -> Tensor");
+  m.def("value_histogram(Tensor input, int bins) -> Tensor");
+  m.def("_value_histogram_backward(Tensor grad_output, Tensor input, int bins) -> Tensor");
+
+  // Quantisation with a straight-through gradient, OP-13.
+  m.def("quantize_ste(Tensor input, int levels, bool gradient_outside) -> Tensor");
+  m.def("_quantize_ste_backward(Tensor grad_output, Tensor input, bool gradient_outside) -> Tensor");
+
+  // Guided-filter truncation, OP-14.
+  m.def("truncate(Tensor input, int radius, float eps) -> Tensor");
+  m.def("_truncate_backward(Tensor grad_output, Tensor input, int radius, float eps) -> Tensor");
+}

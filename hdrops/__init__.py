@@ -1,0 +1,5 @@
+"""hdrops: the operators of HDR imaging for PyTorch, with hand-written kernels forward and backward."""
+
+from hdrops import _load  # noqa: F401  (loads the compiled operators; everything below needs them)
+
+__version__ = "0.1.0"

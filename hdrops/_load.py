@@ -1,0 +1,69 @@
+"""Loads the shared libraries of hdrops: ``_C`` (schemas and CPU kernels) and, for a CUDA torch, ``_C_cuda``.
+
+A failure to load ``_C`` surfaces at ``import hdrops``. A failure to load ``_C_cuda`` is kept and raised, chained, by the
+first call on a CUDA tensor (:func:`require_cuda_library`), and shown by ``hdrops info``: a package that works on the CPU
+must not die of a broken driver, and a broken CUDA library must not pass for a slow one.
+"""
+
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+
+
+def _library(stem: str) -> Path | None:
+    """The built library of that name, or None."""
+    found = [path for path in sorted(_HERE.glob(f"{stem}*")) if path.suffix in (".so", ".pyd", ".dylib")]
+    found = [path for path in found if path.name.split(".")[0] == stem]
+    return found[0] if found else None
+
+
+def _load_cpu() -> Path:
+    path = _library("_C")
+    if path is None:
+        raise ImportError(
+            f"hdrops: its compiled library _C is not in {_HERE}. If this is a source checkout, build it: "
+            "`pip install --no-build-isolation -e .`"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"hdrops: {path.name} does not load with torch {torch.__version__}; hdrops needs torch >= 2.11 ({error})"
+        ) from error
+    return path
+
+
+def _load_cuda() -> tuple[Path | None, Exception | None]:
+    path = _library("_C_cuda")
+    if path is None or torch.version.cuda is None:
+        return None, None
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return path, error
+    return path, None
+
+
+CPU_LIBRARY = _load_cpu()
+CUDA_LIBRARY, CUDA_ERROR = _load_cuda()
+
+
+def cuda_status() -> str | None:
+    """None if the CUDA kernels can run in this process, else the reason why not, in one line."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_LIBRARY is None:
+        return "hdrops was built without its CUDA library (HDROPS_CUDA=1 pip install --no-build-isolation . builds it)"
+    if CUDA_ERROR is not None:
+        return f"{CUDA_LIBRARY.name} failed to load: {CUDA_ERROR}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def simd_level() -> str:
+    """The instruction set of the CPU kernels in this process (``HDROPS_SIMD`` asks for a lower one)."""
+    names = ("baseline", "avx2", "avx512", "avx512_bf16")
+    return names[torch.ops.hdrops._simd_level()]

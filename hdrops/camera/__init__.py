@@ -1,0 +1,1 @@
+"""Cameras: response curves and their recovery from a bracket, and tone mapping."""
