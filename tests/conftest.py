@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests, and where the real photographs are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def data_dir() -> Path | None:
+    """The folder of real test data: ``HDROPS_DATA``, or ``shared/data`` beside the checkout; None where absent."""
+    candidates = [os.environ.get("HDROPS_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
+    return next((Path(path) for path in candidates if path and Path(path).is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real brackets, response curves and HDR images; a test that needs them skips where they are absent."""
+    found = data_dir()
+    if found is None:
+        pytest.skip("real test data absent: set HDROPS_DATA to the folder that holds memorial/, stack_room/, crf/ ...")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Restores torch's thread count after a test that changes it."""
+    count = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(count)
