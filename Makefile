@@ -15,7 +15,7 @@ export MAX_JOBS ?= 2
 
 BIN := $(VENV)/bin
 PEERS_BIN := $(PEERS_VENV)/bin
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The files that need torchvision or ONNX Runtime, and one that shows that the library loads there at all.
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
@@ -98,7 +98,7 @@ test-asan: build
 	HDROPS_CUDA=0 HDROPS_SANITIZE=1 HDROPS_LOWERED_ISA=1 $(BIN)/python setup.py -q build --build-lib $(ASAN)
 	LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so; do $${CXX:-c++} -print-file-name=$$name; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN) HDROPS_SANITIZE=1 \
-	  $(BIN)/python -m pytest -m asan -p no:cacheprovider $(ARGS)
+	  $(BIN)/pytest -m asan -p no:cacheprovider $(ARGS)
 
 $(PEERS_VENV)/created: | machine
 	$(PYTHON) -m venv $(PEERS_VENV)
@@ -112,7 +112,7 @@ peers: wheel | $(PEERS_VENV)/created
 
 wheel: build
 	rm -rf build/lib* dist
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python setup.py -q sdist
 
 clean:
