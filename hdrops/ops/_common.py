@@ -119,7 +119,7 @@ def none_if_unwanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tup
     return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted, strict=True))
 
 
-def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
+def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """A vmap rule that runs ``op`` once for each member of the batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:

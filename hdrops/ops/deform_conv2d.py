@@ -158,8 +158,8 @@ def _check_shapes(
         padded = input.shape[2 + axis] + 2 * padding[axis]
         if extent > padded:
             raise ValueError(
-                f"{op}: the kernel's {name} dilation*(kernel-1)+1 = {extent} must not exceed the padded input's {padded}"
-                f" (input shape {shape_of(input)}, weight shape {shape_of(weight)}, padding {padding}, "
+                f"{op}: the kernel's {name} dilation*(kernel-1)+1 = {extent} must not exceed the padded input's "
+                f"{padded} (input shape {shape_of(input)}, weight shape {shape_of(weight)}, padding {padding}, "
                 f"dilation {dilation})"
             )
 
