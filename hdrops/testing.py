@@ -77,7 +77,8 @@ class DeformConv2dCase:
     """Sizes of one call of ``deform_conv2d``, and random tensors of those sizes.
 
     Attributes:
-        reach: standard deviation of the offsets, in pixels.
+        reach: standard deviation of the offsets, in pixels. They are multiples of 1/1024: a coordinate is then exact in
+            float32, and a comparison with float64 sees the kernel's sums, on both sides in the same cell.
     """
 
     n: int = 2
@@ -111,20 +112,21 @@ class DeformConv2dCase:
     def tensors(
         self, dtype: torch.dtype = torch.float64, coordinates: torch.dtype | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The tensor arguments by name, those that the case has; offset and mask in ``coordinates`` or ``dtype``."""
+        """The tensor arguments that the case has, by name; offset and mask in ``coordinates`` or else ``dtype``."""
         random = torch.Generator().manual_seed(seed)
 
-        def normal(*shape: int, to: torch.dtype | None = dtype, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=random, dtype=torch.float64) * scale).to(to or dtype)
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
 
         taps = self.offset_groups * self.kernel[0] * self.kernel[1]
+        offset = normal(self.n, 2 * taps, *self.output_size) * self.reach
         tensors = {
-            "input": normal(self.n, self.channels, *self.size),
-            "offset": normal(self.n, 2 * taps, *self.output_size, to=coordinates, scale=self.reach),
-            "weight": normal(self.out_channels, self.channels // self.groups, *self.kernel),
+            "input": normal(self.n, self.channels, *self.size).to(dtype),
+            "offset": ((offset * 1024).round() / 1024).to(coordinates or dtype),
+            "weight": normal(self.out_channels, self.channels // self.groups, *self.kernel).to(dtype),
         }
         if self.bias:
-            tensors["bias"] = normal(self.out_channels)
+            tensors["bias"] = normal(self.out_channels).to(dtype)
         if self.mask:
-            tensors["mask"] = normal(self.n, taps, *self.output_size, to=coordinates)
+            tensors["mask"] = normal(self.n, taps, *self.output_size).to(coordinates or dtype)
         return tensors

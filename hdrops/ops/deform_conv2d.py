@@ -97,8 +97,6 @@ def deform_conv2d(
     if ambient is not None:
         input, offset, weight, bias, mask = _follow_autocast(ambient, input, offset, weight, bias, mask)
     _check_dtypes(input, offset, weight, bias, mask)
-    if mask is not None and mask.dtype != offset.dtype:
-        offset, mask = offset.float(), mask.float()
 
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         with contextlib.nullcontext() if ambient is None else torch.autocast(input.device.type, enabled=False):
@@ -276,7 +274,7 @@ def _fake_backward(
         like(offset, output_mask[1]),
         like(weight, output_mask[2]),
         like(weight.new_empty(weight.shape[0]), output_mask[3]),
-        like(offset if mask is None else mask, output_mask[4]),
+        like(input, False) if mask is None or not output_mask[4] else like(mask, True),
     )
 
 

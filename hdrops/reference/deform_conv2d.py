@@ -83,11 +83,12 @@ def _sample(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
     fraction_y, fraction_x = y - top, x - left
     flat = image.reshape(n, offset_groups, channels, height * width)
     sampled = (n, offset_groups, channels, *y.shape[2:])
+    sites = (n, offset_groups, 1, y.shape[2:].numel())
     sample = torch.zeros((), dtype=image.dtype, device=image.device)
     for row, weight_y in ((top.long(), 1 - fraction_y), (top.long() + 1, fraction_y)):
         for column, weight_x in ((left.long(), 1 - fraction_x), (left.long() + 1, fraction_x)):
             there = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).reshape(n, offset_groups, 1, -1)
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).reshape(sites)
             corner = flat.gather(3, index.expand(-1, -1, channels, -1)).reshape(sampled)
             sample = sample + torch.where(there.unsqueeze(2), corner, 0.0) * (weight_y * weight_x).unsqueeze(2)
     return sample
