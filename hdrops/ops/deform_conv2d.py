@@ -195,15 +195,15 @@ def _check_shapes(
 
 def _check_sites(name: str, tensor: Tensor, n: int, size: tuple[int, int]) -> None:
     """Raises unless ``tensor`` (offset or mask) has the batch and the sites of the output."""
-    shape = _common.shape_of(tensor)
     if tensor.shape[0] != n:
         raise ValueError(
-            f"deform_conv2d: {name} must have the input's batch {n}, got {tensor.shape[0]} ({name} shape {shape})"
+            f"deform_conv2d: {name} must have the input's batch {n}, got {tensor.shape[0]} "
+            f"({name} shape {_common.shape_of(tensor)})"
         )
     if tensor.shape[2] != size[0] or tensor.shape[3] != size[1]:
         raise ValueError(
             f"deform_conv2d: {name} must have the output's size {size[0]} x {size[1]}, got {tensor.shape[2]} x "
-            f"{tensor.shape[3]} ({name} shape {shape})"
+            f"{tensor.shape[3]} ({name} shape {_common.shape_of(tensor)})"
         )
 
 
