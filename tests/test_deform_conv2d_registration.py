@@ -366,19 +366,27 @@ def test_forward_mode_of_something_else_does_not_disturb() -> None:
     assert torch.equal(output, hdrops.deform_conv2d(**tensors, **case.geometry))
 
 
-def test_reverse_functional_transform_is_right_or_raises() -> None:
+def test_functional_gradients_raise_and_the_reference_has_them() -> None:
     case = Case()
     tensors = case.tensors()
 
-    def function(input: Tensor) -> Tensor:
-        return loss({**tensors, "input": input}, case)
+    def function(input: Tensor, backend: str | None = None) -> Tensor:
+        return hdrops.deform_conv2d(**{**tensors, "input": input}, **case.geometry, backend=backend).square().sum()
 
-    try:
-        got = torch.func.grad(function)(tensors["input"])
-    except (RuntimeError, NotImplementedError):
-        return
-    leaf = tensors["input"].clone().requires_grad_()
-    torch.testing.assert_close(got, torch.autograd.grad(function(leaf), leaf)[0])
+    def of_a_batch(inputs: Tensor) -> Tensor:
+        return torch.func.vmap(function)(inputs).sum()
+
+    input, inputs = tensors["input"], torch.stack([tensors["input"]] * 2)
+    for call in (
+        lambda: torch.func.grad(function)(input),
+        lambda: torch.func.vmap(torch.func.grad(function))(inputs),
+        lambda: torch.func.grad(of_a_batch)(inputs),
+    ):
+        with pytest.raises(NotImplementedError, match=r"deform_conv2d: torch.func.grad, vjp and jacrev are not built"):
+            call()
+    leaf = input.clone().requires_grad_()
+    wanted = torch.autograd.grad(function(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(function)(input, "reference"), wanted)
 
 
 def test_passes_torchs_determinism_to_the_backward_operator() -> None:

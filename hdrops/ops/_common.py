@@ -111,6 +111,26 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
+def refuse_functional_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raises under a derivative transform of ``torch.func``, which a compiled operator cannot take part in.
+
+    Forward mode (jvp, jacfwd) would drop the tangent in silence; reverse mode (grad, vjp, jacrev) would speak of an
+    autograd.Function that the caller has never seen. ``torch.func.vmap`` is fine.
+    """
+    _backends.refuse_forward_ad(op, *tensors)
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor):
+                raise NotImplementedError(
+                    f"{op}: torch.func.grad, vjp and jacrev are not built into the kernels; "
+                    "torch.autograd.grad is, and backend='reference' supports them"
+                )
+            tensor = functorch.get_unwrapped(tensor)
+
+
 def refuse_double_backward(name: str) -> None:
     """Makes a second derivative through the backward operator ``hdrops::<name>`` an error instead of a silent zero."""
     public = name.removeprefix("_").removesuffix("_backward")

@@ -69,7 +69,7 @@ def deform_conv2d(
 
     Gradients flow to input, offset, weight, bias and mask, each computed only if asked for. At an integer coordinate
     the offset's is the right-hand derivative. On the CPU they are bitwise equal for any number of threads. Second
-    derivatives and forward-mode AD raise; ``backend="reference"`` has both.
+    derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
         ValueError: a wrong shape, value or device.
@@ -101,7 +101,7 @@ def deform_conv2d(
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         with contextlib.nullcontext() if ambient is None else torch.autocast(input.device.type, enabled=False):
             return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    _backends.refuse_forward_ad(op, input, offset, weight, bias, mask)
+    _common.refuse_functional_transforms(op, input, offset, weight, bias, mask)
     output: Tensor = torch.ops.hdrops.deform_conv2d.default(
         input, offset, weight, bias, mask, stride, padding, dilation
     )
