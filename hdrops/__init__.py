@@ -2,8 +2,17 @@
 
 import hdrops._load  # noqa: F401  (loads the compiled operators; everything below needs them)
 from hdrops import nn, reference
+from hdrops.ops.crf import crf_lookup, quantize_ste, tent_histogram, value_histogram
 from hdrops.ops.deform_conv2d import deform_conv2d
 
-__all__ = ["deform_conv2d", "nn", "reference"]
+__all__ = [
+    "crf_lookup",
+    "deform_conv2d",
+    "nn",
+    "quantize_ste",
+    "reference",
+    "tent_histogram",
+    "value_histogram",
+]
 
 __version__ = "0.1.0"
