@@ -16,3 +16,7 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+from hdrops.ops.merge_exposures import merge_exposures
+from hdrops.ops.truncate import truncate
+
+__all__ = ["merge_exposures", "truncate"]
