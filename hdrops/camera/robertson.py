@@ -10,8 +10,8 @@ cost little. An observation between two codes reads I linearly between them and 
 
 The bare iteration is a power iteration whose leading eigenvalues nearly coincide when the exposures are far apart (a
 ripple of the exposures' period in ln I fits the data almost as well). Each round therefore ends by fitting ln I at the
-informed codes, by their counts, under the smoothness rows of :mod:`hdrops.camera.debevec`. The same step fills the codes
-without information: those never seen, and those of weight zero (clipped).
+informed codes, by their counts, under the smoothness rows of :mod:`hdrops.camera.debevec`. The same step fills the
+codes without information: those never seen, and those of weight zero (clipped).
 """
 
 import warnings
