@@ -3,7 +3,8 @@
 from hdrops import _load  # noqa: F401  (loads the compiled operators; everything below needs them)
 
 __version__ = "0.1.0"
+from hdrops._config import show_config
 from hdrops.ops.merge_exposures import merge_exposures
 from hdrops.ops.truncate import truncate
 
-__all__ = ["merge_exposures", "truncate"]
+__all__ = ["merge_exposures", "show_config", "truncate"]
