@@ -70,3 +70,63 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Error of ``actual`` as one vector: the L2 norm of the difference over the L2 norm of ``expected``."""
     difference = torch.linalg.vector_norm(actual.detach().double() - expected.detach().double())
     return float(difference / torch.linalg.vector_norm(expected.detach().double()).clamp_min(1e-300))
+
+
+@dataclass(frozen=True)
+class DeformConv2dCase:
+    """Sizes of one call of ``deform_conv2d``, and random tensors of those sizes.
+
+    Attributes:
+        reach: standard deviation of the offsets, in pixels. They are multiples of 1/1024: a coordinate is then exact in
+            float32, and a comparison with float64 sees the kernel's sums, on both sides in the same cell.
+    """
+
+    n: int = 2
+    channels: int = 4
+    out_channels: int = 6
+    size: tuple[int, int] = (8, 9)
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    mask: bool = True
+    bias: bool = True
+    reach: float = 2.0
+
+    @property
+    def geometry(self) -> dict[str, tuple[int, int]]:
+        """The keyword arguments beside the tensors."""
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        extent = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        height, width = (
+            (self.size[axis] + 2 * self.padding[axis] - extent[axis]) // self.stride[axis] + 1 for axis in (0, 1)
+        )
+        return height, width
+
+    def tensors(
+        self, dtype: torch.dtype = torch.float64, coordinates: torch.dtype | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """The tensor arguments that the case has, by name; offset and mask in ``coordinates`` or else ``dtype``."""
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
+
+        taps = self.offset_groups * self.kernel[0] * self.kernel[1]
+        offset = normal(self.n, 2 * taps, *self.output_size) * self.reach
+        tensors = {
+            "input": normal(self.n, self.channels, *self.size).to(dtype),
+            "offset": ((offset * 1024).round() / 1024).to(coordinates or dtype),
+            "weight": normal(self.out_channels, self.channels // self.groups, *self.kernel).to(dtype),
+        }
+        if self.bias:
+            tensors["bias"] = normal(self.out_channels).to(dtype)
+        if self.mask:
+            tensors["mask"] = normal(self.n, taps, *self.output_size).to(coordinates or dtype)
+        return tensors

@@ -1,0 +1,203 @@
+"""The operators as modules, with the names and state dicts of the libraries people come from."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hdrops.ops import _common
+from hdrops.ops.deform_conv2d import deform_conv2d
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution with given offsets: ``torchvision.ops.DeformConv2d``, its arguments and its state dict.
+
+    Args:
+        in_channels: channels C of the input.
+        out_channels: channels O of the output.
+        kernel_size: one integer, or one each for height and width; so are stride, padding and dilation.
+        stride: distance between output sites.
+        padding: zeros on each side.
+        dilation: distance between taps.
+        groups: groups of channels that are convolved apart.
+        bias: whether to learn one.
+
+    Shapes:
+        input [N, C, H, W], offset [N, 2*offset_groups*kh*kw, out_h, out_w], mask [N, offset_groups*kh*kw, out_h, out_w]
+        or None -> [N, O, out_h, out_w]; see :func:`hdrops.deform_conv2d`.
+
+    Example:
+        >>> layer = hdrops.nn.DeformConv2d(4, 6, 3, padding=1)
+        >>> layer(torch.rand(1, 4, 8, 9), torch.zeros(1, 18, 8, 9)).shape
+        torch.Size([1, 6, 8, 9])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if groups < 1 or channels % groups != 0:
+                raise ValueError(f"{op}: {name} must be a multiple of groups = {groups}, got {channels}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _common.checked_pair(op, "kernel_size", kernel_size, 1)
+        self.stride = _common.checked_pair(op, "stride", stride, 1)
+        self.padding = _common.checked_pair(op, "padding", padding, 0)
+        self.dilation = _common.checked_pair(op, "dilation", dilation, 1)
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as ``torch.nn.Conv2d`` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
+        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
+        text += f", groups={self.groups}" if self.groups != 1 else ""
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class ModulatedDeformConv2d(DeformConv2d):
+    """Modulated deformable convolution (DCNv2) that predicts its offsets and mask from its input.
+
+    A convolution ``conv_offset`` of the same kernel gives 3*offset_groups*kh*kw channels: the offsets of
+    :func:`hdrops.deform_conv2d`, then the mask before its sigmoid. It starts at zero: no offset, a mask of one half.
+
+    State dicts load, with ``load_state_dict``, from
+
+    * mmcv's ModulatedDeformConv2dPack: the same names and layout; of its first versions also ``<name>_offset.*``;
+    * the DCNv2 forks (class DCN): ``conv_offset_mask.*`` in that layout;
+    * 4uiiurz1's pytorch-deform-conv-v2, modulated, 3x3 with padding 1: ``conv.*``, ``m_conv.*``, and ``p_conv.*`` with
+      the y of all taps before the x of all taps.
+
+    Args:
+        in_channels: channels C of the input.
+        out_channels: channels O of the output.
+        kernel_size: one integer, or one each for height and width; so are stride, padding and dilation.
+        stride: distance between output sites.
+        padding: zeros on each side.
+        dilation: distance between taps, for the predicting convolution too.
+        groups: groups of channels that are convolved apart.
+        offset_groups: groups of channels with offsets of their own.
+        bias: whether to learn one.
+
+    Example:
+        >>> layer = hdrops.nn.ModulatedDeformConv2d(4, 6, 3, padding=1, offset_groups=2)
+        >>> layer(torch.rand(1, 4, 8, 9)).shape
+        torch.Size([1, 6, 8, 9])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        if offset_groups < 1 or in_channels % offset_groups != 0:
+            raise ValueError(
+                f"ModulatedDeformConv2d: in_channels must be a multiple of offset_groups = {offset_groups}, "
+                f"got {in_channels}"
+            )
+        self.offset_groups = offset_groups
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(
+            in_channels, 3 * offset_groups * taps, self.kernel_size, self.stride, self.padding, self.dilation
+        )
+        nn.init.zeros_(self.conv_offset.weight)
+        assert self.conv_offset.bias is not None
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset [N, 2*offset_groups*kh*kw, out_h, out_w] and mask [N, offset_groups*kh*kw, out_h, out_w] in (0, 1)."""
+        predicted = self.conv_offset(input)
+        sites = predicted.shape[1] // 3
+        return predicted[:, : 2 * sites], predicted[:, 2 * sites :].sigmoid()
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        offset, mask = self.predict(input)
+        return super().forward(input, offset, mask)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", offset_groups={self.offset_groups}" if self.offset_groups != 1 else "")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for rename in (_rename_mmcv_version_1, _rename_dcnv2_fork, _convert_4uiiurz1):
+            rename(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _rename_mmcv_version_1(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:
+    """mmcv once kept the predicting convolution beside the layer: ``conv2_offset.weight`` for the layer ``conv2``."""
+    if prefix and prefix + "conv_offset.weight" not in state:
+        for name in ("weight", "bias"):
+            _rename(state, f"{prefix[:-1]}_offset.{name}", f"{prefix}conv_offset.{name}")
+
+
+def _rename_dcnv2_fork(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:
+    """The forks' name; their predicting convolution is never dilated, ours has the layer's dilation."""
+    if prefix + "conv_offset_mask.weight" in state:
+        if layer.dilation != (1, 1):
+            raise ValueError(
+                f"ModulatedDeformConv2d: {prefix}conv_offset_mask of a DCNv2 fork predicts with dilation 1; "
+                f"it cannot be loaded into a layer of dilation {layer.dilation}"
+            )
+        for name in ("weight", "bias"):
+            _rename(state, f"{prefix}conv_offset_mask.{name}", f"{prefix}conv_offset.{name}")
+
+
+def _convert_4uiiurz1(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:
+    """Joins ``p_conv`` (all y, then all x) and ``m_conv`` to the interleaved ``conv_offset``."""
+    if prefix + "p_conv.weight" not in state:
+        return
+    if prefix + "m_conv.weight" not in state:
+        raise ValueError(
+            f"ModulatedDeformConv2d: {prefix}p_conv without {prefix}m_conv is an unmodulated layer of "
+            "pytorch-deform-conv-v2; only the modulated form has this layer's mask"
+        )
+    geometry = (layer.kernel_size, layer.padding, layer.dilation, layer.offset_groups)
+    if geometry != ((3, 3), (1, 1), (1, 1), 1):
+        raise ValueError(
+            "ModulatedDeformConv2d: layers of pytorch-deform-conv-v2 load into kernel_size 3, padding 1, dilation 1, "
+            "offset_groups 1, got "
+            f"{layer.kernel_size}, {layer.padding}, {layer.dilation}, {layer.offset_groups}"
+        )
+    for name in ("weight", "bias"):
+        offset = state.pop(f"{prefix}p_conv.{name}")
+        y, x = offset.chunk(2)
+        mask = state.pop(f"{prefix}m_conv.{name}")
+        state[f"{prefix}conv_offset.{name}"] = torch.cat([torch.stack([y, x], dim=1).flatten(0, 1), mask])
+        _rename(state, f"{prefix}conv.{name}", f"{prefix}{name}")
+
+
+def _rename(state: dict[str, Any], old: str, new: str) -> None:
+    if old in state:
+        state[new] = state.pop(old)

@@ -1,0 +1,138 @@
+"""What the operator modules share: arguments, the layout of outputs, autocast, and refusals."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdrops import _backends
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOATING_DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
+
+# Python kernels for dispatch keys of operators whose schemas are in csrc/schema.cpp; lives as long as the process.
+_LIBRARY = torch.library.Library("hdrops", "IMPL")
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """``value`` for height and width: an integer stands for both."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value, value
+    height, width = value
+    return height, width
+
+
+def checked_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """:func:`pair` of a user's argument.
+
+    Raises:
+        TypeError: something else than integers.
+        ValueError: not one or two of them, or one below ``minimum``.
+    """
+    rule = f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}"
+    if not isinstance(value, (int, torch.SymInt, tuple, list)):
+        raise TypeError(rule)
+    values = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
+    if not all(isinstance(item, (int, torch.SymInt)) for item in values):
+        raise TypeError(rule)
+    if len(values) != 2 or values[0] < minimum or values[1] < minimum:
+        raise ValueError(rule)
+    return values[0], values[1]
+
+
+def shape_of(tensor: Tensor) -> str:
+    """A tensor's shape as messages print it."""
+    return f"[{', '.join(str(size) for size in tensor.shape)}]"
+
+
+def check_dimensions(op: str, name: str, tensor: Tensor, form: str) -> None:
+    """Raises unless ``tensor`` is a tensor with as many dimensions as ``form`` ("N, C, H, W") names."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    wanted = form.count(",") + 1
+    if tensor.dim() != wanted:
+        raise ValueError(
+            f"{op}: {name} must have {wanted} dimension{'s' if wanted > 1 else ''} [{form}], "
+            f"got {tensor.dim()} ({name} shape {shape_of(tensor)})"
+        )
+
+
+def check_devices(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raises unless every tensor is on the device of the first."""
+    for name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ValueError(f"{op}: {name} must be on {first}'s device {tensor.device}, got {other.device}")
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout an output takes from an NCHW input: channels_last where the input is that and nothing else."""
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the tensor's device, None where it is off."""
+    device = tensor.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
+    """Runs ``torch.ops.hdrops.<name>`` under autocast on what ``cast(ambient_dtype, *arguments)`` returns.
+
+    ``torch.library.register_autocast`` casts every tensor to one dtype fixed beforehand; an operator of coordinates or
+    curves must follow the ambient dtype with its data and keep those in float32.
+    """
+    op = getattr(torch.ops.hdrops, name).default
+
+    def register(device: str, key: str) -> None:
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def run(*arguments: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return op(*cast(torch.get_autocast_dtype(device), *arguments))
+
+        _LIBRARY.impl(name, run, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``tensor`` in the ambient dtype, by autocast's own rule: float64 and integers stay what they are."""
+    if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+def refuse_double_backward(name: str) -> None:
+    """Makes a second derivative through the backward operator ``hdrops::<name>`` an error instead of a silent zero."""
+    public = name.removeprefix("_").removesuffix("_backward")
+    torch.library.register_autograd(f"hdrops::{name}", _backends.refuse_double_backward(public))
+
+
+def none_if_unwanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients as autograd wants them: a backward operator returns empty tensors for what was not asked."""
+    return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted, strict=True))
+
+
+def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A vmap rule that runs ``op`` once for each member of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def member(b: int) -> list[Any]:
+            return [
+                argument.select(dim, b) if isinstance(dim, int) else argument
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            ]
+
+        results = [op(*member(b)) for b in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
