@@ -2,13 +2,11 @@
 
 import hdrops._load  # noqa: F401  (loads the compiled operators; everything below needs them)
 from hdrops import nn, reference
-from hdrops.ops.deform_conv2d import deform_conv2d
-
-__all__ = ["deform_conv2d", "nn", "reference"]
-
-__version__ = "0.1.0"
 from hdrops._config import show_config
+from hdrops.ops.deform_conv2d import deform_conv2d
 from hdrops.ops.merge_exposures import merge_exposures
 from hdrops.ops.truncate import truncate
 
-__all__ = ["merge_exposures", "show_config", "truncate"]
+__all__ = ["deform_conv2d", "merge_exposures", "nn", "reference", "show_config", "truncate"]
+
+__version__ = "0.1.0"
