@@ -26,8 +26,8 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "merge_exposures(Tensor stack, Tensor log_exposures, Tensor? curve, Tensor weight, Tensor? mask, "
       "bool fallback) -> Tensor");
   m.def(
-      "_merge_exposures_backward(Tensor grad_output, Tensor output, Tensor stack, Tensor log_exposures, "
-      "Tensor? curve, Tensor weight, Tensor? mask, bool fallback, bool[3] output_mask) "
+      "_merge_exposures_backward(Tensor grad_output, Tensor stack, Tensor log_exposures, Tensor? curve, Tensor weight, "
+      "Tensor? mask, bool fallback, bool[3] output_mask) "
       "-> (Tensor grad_stack, Tensor grad_log_exposures, Tensor grad_curve)");
 
   // Histogram features, OP-11 and OP-12.
