@@ -110,6 +110,8 @@ def read_exif(path: str | os.PathLike[str]) -> Exif:
     if kind in ("exr", "hdr"):
         return Exif()
     tags = _tags(Path(path), kind)
+    if kind == "raw" and _EXPOSURE_TIME not in tags:
+        return _raw_settings(Path(path))
     time, speed = _number(tags.get(_EXPOSURE_TIME)), _number(tags.get(_SHUTTER_SPEED))
     if time is None and speed is not None:
         time = 2.0**-speed
@@ -270,6 +272,17 @@ def _tags(path: Path, kind: str) -> dict[int, Any]:
         return {}
 
 
+def _raw_settings(path: Path) -> Exif:
+    """The settings of a raw file whose metadata is not EXIF in TIFF (Canon CR3, Fujifilm RAF), by LibRaw."""
+    rawpy = need("rawpy", f"{path.name} is a raw camera file; reading it", extra="raw")
+    try:
+        with _quiet(), rawpy.imread(str(path)) as raw:
+            told = raw.other
+    except Exception as error:
+        raise InputError(f"{path}: damaged or unsupported raw file ({_first_line(error)})") from error
+    return Exif(told.shutter_speed or None, told.aperture or None, told.iso_speed or None)
+
+
 def _number(value: Any) -> float | None:
     """An EXIF number; None for 0/0 and other values that are no finite number."""
     try:
@@ -298,9 +311,24 @@ def _decode_png(path: Path) -> Pixels:
     return _decode_opencv(path)
 
 
-def _decode_opencv(path: Path) -> Pixels:
+def _decode_tiff(path: Path) -> Pixels:
+    """OpenCV's decoder mirrors some orientations and fails at others: it is given the file with that tag set to 1."""
+    tifffile = need("tifffile", "reading TIFF")
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages[0].tags.get(_ORIENTATION)
+        if tag is None or tag.value == 1:
+            return _decode_opencv(path)
+        data = bytearray(path.read_bytes())
+        data[tag.valueoffset : tag.valueoffset + 2] = (1).to_bytes(2, "little" if tiff.byteorder == "<" else "big")
+    return _decode_opencv(path, data)
+
+
+def _decode_opencv(path: Path, data: bytearray | None = None) -> Pixels:
     cv2 = need("cv2", f"reading {path.name}")
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if data is None:
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    else:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise InputError(f"{path}: damaged, truncated or of an unsupported kind")
     if pixels.ndim == 3 and pixels.shape[2] >= 3:
@@ -327,7 +355,7 @@ def _decode_raw(path: Path) -> Pixels:
 _DECODERS: dict[str, Callable[[Path], Pixels]] = {
     "jpeg": _decode_jpeg,
     "png": _decode_png,
-    "tiff": _decode_opencv,
+    "tiff": _decode_tiff,
     "hdr": _decode_opencv,
     "exr": _decode_exr,
     "raw": _decode_raw,
