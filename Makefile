@@ -2,7 +2,7 @@
 # changed, so that each works alone on a machine with Python >= 3.10, a C++20 compiler and make.
 
 # The interpreter for the virtual environments, and the torch to build against: any requirement or options of
-# pip install, for example TORCH='torch --index-url https://download.pytorch.org/whl/cpu'.
+# pip install, for example TORCH='torch==2.11.0 --index-url ...' for the CPU wheels of another index.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benches` compares hdrops with its peers, `pytest benches --benchmark-only` times hdrops alone."""
+"""Benchmarks: `python -m benches` against the peers, `pytest benches --benchmark-only` for hdrops alone."""

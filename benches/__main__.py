@@ -1,7 +1,7 @@
 """Runs the benchmark cases: `python -m benches [--filter TEXT] [--threads 1,2] [--seconds S] [--save]`.
 
-The contenders of a case take turns in one process, so that what disturbs the machine disturbs all of them. A time is the
-median over the rounds: process CPU time with one thread (other programs do not count in it), wall time with more. The
+The contenders of a case take turns in one process, so that what disturbs the machine disturbs all of them. A time is
+the median over the rounds: process CPU time with one thread (other programs do not count in it), wall time with more. The
 table gives the time, the ratio peer / hdrops beside the ratio to reach, and how near hdrops comes to the multiply-add
 rate and the copy bandwidth of one core, measured in the same run (benches/limits.py). `--save` writes
 benches/results/<processor>-<date>.json and the same as a picture.
@@ -85,12 +85,14 @@ def run(case: Case, threads: int, seconds: float) -> dict[str, dict[str, float]]
     return result
 
 
-def describe(case: Case, threads: int, result: dict[str, dict[str, float]], peak: float | None, copy: float) -> list[str]:
+def describe(
+    case: Case, threads: int, result: dict[str, dict[str, float]], peak: float | None, copy: float
+) -> list[str]:
     """The table's lines of one case."""
     ours = result["hdrops"]["median_ms"]
     lines = [f"{case.name}, {threads} thread{'s' if threads > 1 else ''}"]
     for name, times in result.items():
-        ratio = times["median_ms"] / ours
+        ratio = times["median_ms"] / result[case.partners.get(name, "hdrops")]["median_ms"]
         goal = case.goals.get(name) if threads == 1 else None
         verdict = "" if goal is None else f"  goal {goal:.2f}x {'reached' if ratio >= goal else 'NOT reached'}"
         spread = f"[{times['p20_ms']:.2f} .. {times['p80_ms']:.2f}]"
@@ -105,6 +107,12 @@ def describe(case: Case, threads: int, result: dict[str, dict[str, float]], peak
     return lines + [f"    hdrops: {'; '.join(notes)}" for _ in notes[:1]]
 
 
+def ratio(record: dict, peer: str) -> float:
+    """Peer time / hdrops time, in the peer's layout."""
+    partner = record["partners"].get(peer, "hdrops")
+    return record["times"][peer]["median_ms"] / record["times"][partner]["median_ms"]
+
+
 def plot(records: list[dict], path: Path, title: str) -> None:
     """Bars of peer time / hdrops time, with the goal as a mark."""
     import matplotlib
@@ -113,10 +121,10 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     bars = [
-        (f"{r['case']}\nvs {peer}", t["median_ms"] / r["times"]["hdrops"]["median_ms"], r["goals"].get(peer))
+        (f"{r['case']}\nvs {peer}", ratio(r, peer), r["goals"].get(peer))
         for r in records
         if r["threads"] == 1
-        for peer, t in r["times"].items()
+        for peer in r["times"]
         if not peer.startswith("hdrops")
     ]
     figure, axes = plt.subplots(figsize=(10, 0.42 * len(bars) + 1.2))
@@ -124,8 +132,8 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     for row, (_, _, goal) in enumerate(bars):
         if goal:
             axes.plot([goal, goal], [row - 0.4, row + 0.4], color="#cc3311", linewidth=2)
-    for row, (_, ratio, _) in enumerate(bars):
-        axes.text(ratio, row, f" {ratio:.1f}x", va="center", fontsize=8)
+    for row, (_, reached, _) in enumerate(bars):
+        axes.text(reached, row, f" {reached:.1f}x", va="center", fontsize=8)
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
@@ -158,7 +166,15 @@ def main() -> None:
             result = run(case, threads, options.seconds)
             print("\n".join(describe(case, threads, result, peak, copy)), flush=True)
             records.append(
-                {"case": case.name, "threads": threads, "times": result, "goals": case.goals, "flops": case.flops, "bytes": case.bytes}
+                {
+                    "case": case.name,
+                    "threads": threads,
+                    "times": result,
+                    "goals": case.goals,
+                    "partners": case.partners,
+                    "flops": case.flops,
+                    "bytes": case.bytes,
+                }
             )
     for record in records:
         single = next((r for r in records if r["case"] == record["case"] and r["threads"] == 1), None)
@@ -169,9 +185,14 @@ def main() -> None:
     if options.save:
         stem = "-".join(processor().lower().replace("(r)", "").replace("(tm)", "").split()) + f"-{date.today()}"
         document = {
-            "machine": processor(), "simd": hdrops._load.simd_level(), "versions": versions(), "date": str(date.today()),
-            "copy_bytes_per_s": copy, "fma_flops_per_s": peak, "records": records,
-        }  # fmt: skip
+            "machine": processor(),
+            "simd": hdrops._load.simd_level(),
+            "versions": versions(),
+            "date": str(date.today()),
+            "copy_bytes_per_s": copy,
+            "fma_flops_per_s": peak,
+            "records": records,
+        }
         path = RESULTS / f"{stem}.json"
         path.write_text(json.dumps(document, indent=1) + "\n")
         plot(records, path.with_suffix(".png"), header)

@@ -1,4 +1,4 @@
-"""Recovery of a response curve against OpenCV's CalibrateDebevec, at equal numbers of samples and with ours' default."""
+"""Recovery of a response curve against OpenCV, at equal numbers of samples and with our default."""
 
 import torch
 

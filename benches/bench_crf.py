@@ -115,12 +115,42 @@ def tent(backward: bool) -> Contenders:
 MEGA = 3 * PIXELS_1080P
 
 CASES = [
-    Case("crf_lookup forward 3x1080p 1024", lambda: lookup((1, 3, 1080, 1920), 1024, False), {"gather-lerp": 4}, bytes=8.0 * MEGA, threads=(1, 2)),
-    Case("crf_lookup forward+backward 3x1080p 1024", lambda: lookup((1, 3, 1080, 1920), 1024, True), {"gather-lerp": 4}, bytes=20.0 * MEGA, threads=(1, 2)),
-    Case("crf_lookup forward 3x1080p 256", lambda: lookup((1, 3, 1080, 1920), 256, False), {"gather-lerp": 4}, bytes=8.0 * MEGA),
-    Case("crf_lookup forward 8x3x1080p 256", lambda: lookup((8, 3, 1080, 1920), 256, False), {"gather-lerp": 20}, bytes=64.0 * MEGA),
-    Case("crf_lookup forward uint8 3x1080p 256", lookup_uint8, {"OpenCV LUT": 1 / 1.3}, bytes=5.0 * MEGA, threads=(1, 2)),
-    Case("merge_exposures uint8 5x3x1080p", lambda: merging(5, 1080, 1920), {"OpenCV MergeDebevec": 10}, bytes=9.0 * MEGA, threads=(1, 2)),
+    Case(
+        "crf_lookup forward 3x1080p 1024",
+        lambda: lookup((1, 3, 1080, 1920), 1024, False),
+        {"gather-lerp": 4},
+        bytes=8.0 * MEGA,
+        threads=(1, 2),
+    ),
+    Case(
+        "crf_lookup forward+backward 3x1080p 1024",
+        lambda: lookup((1, 3, 1080, 1920), 1024, True),
+        {"gather-lerp": 4},
+        bytes=20.0 * MEGA,
+        threads=(1, 2),
+    ),
+    Case(
+        "crf_lookup forward 3x1080p 256",
+        lambda: lookup((1, 3, 1080, 1920), 256, False),
+        {"gather-lerp": 4},
+        bytes=8.0 * MEGA,
+    ),
+    Case(
+        "crf_lookup forward 8x3x1080p 256",
+        lambda: lookup((8, 3, 1080, 1920), 256, False),
+        {"gather-lerp": 20},
+        bytes=64.0 * MEGA,
+    ),
+    Case(
+        "crf_lookup forward uint8 3x1080p 256", lookup_uint8, {"OpenCV LUT": 1 / 1.3}, bytes=5.0 * MEGA, threads=(1, 2)
+    ),
+    Case(
+        "merge_exposures uint8 5x3x1080p",
+        lambda: merging(5, 1080, 1920),
+        {"OpenCV MergeDebevec": 10},
+        bytes=9.0 * MEGA,
+        threads=(1, 2),
+    ),
     Case("merge_exposures uint8 4x3x6MP", lambda: merging(4, 2000, 3000), {}, bytes=8.0 * 3 * 6e6),
     Case("tent_histogram forward 8x3x256x256", lambda: tent(False), {}, bytes=4.0 * 94 * 8 * 256 * 256 * 3 / 3),
     Case("tent_histogram forward+backward 8x3x256x256", lambda: tent(True), {}),

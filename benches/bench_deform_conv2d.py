@@ -77,7 +77,9 @@ def onnxruntime_session(t: dict[str, Tensor]) -> Callable[[], object] | None:
     groups = t["mask"].shape[1] // 9
     names = {"X": "input", "W": "weight", "offset": "offset", "B": "bias", "mask": "mask"}
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    node = helper.make_node("DeformConv", list(names), ["Y"], pads=[1, 1, 1, 1], offset_group=groups, kernel_shape=[3, 3])
+    node = helper.make_node(
+        "DeformConv", list(names), ["Y"], pads=[1, 1, 1, 1], offset_group=groups, kernel_shape=[3, 3]
+    )
     inputs = [helper.make_tensor_value_info(k, kind, list(t[v].shape)) for k, v in names.items()]
     graph = helper.make_graph([node], "deform", inputs, [helper.make_tensor_value_info("Y", kind, None)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
@@ -122,6 +124,7 @@ def case(key: str, backward: bool, goals: dict[str, float], dtype: torch.dtype =
         flops=gemm * (3 if backward else 1),
         bytes=traffic * (3 if backward else 1),
         threads=(1, 2),
+        partners={"dense conv2d": "hdrops channels_last"},
     )
 
 

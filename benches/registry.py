@@ -1,8 +1,8 @@
 """The benchmark cases: what is timed, against whom, and which ratio is the goal.
 
-A case makes its inputs once and returns contenders, callables without arguments that do the same work on the same data.
-The contender named "hdrops" is ours; "hdrops ..." is ours in another setting. A peer that is not installed is left out and
-reported as absent. `goals` maps a peer to the ratio peer time / hdrops time to reach (for "dense conv2d", where the
+A case makes its inputs once and returns contenders, callables without arguments that do the same work on the same
+data. The contender named "hdrops" is ours; "hdrops ..." is ours in another setting. A peer that is not installed is
+left out. `goals` maps a peer to the ratio peer time / hdrops time to reach (for "dense conv2d", where the
 goal is to be hardly slower than an easier problem, the ratio is below one).
 """
 
@@ -25,6 +25,7 @@ class Case:
         flops: floating-point operations of the mathematics (2 per multiply-add), 0 where memory is the limit.
         bytes: bytes that must be read and written at least.
         threads: thread counts to run at.
+        partners: peer -> which of our contenders does the same work in the same layout, where that is not "hdrops".
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     threads: tuple[int, ...] = (1,)
+    partners: dict[str, str] = field(default_factory=dict)
 
 
 def optional(name: str) -> ModuleType | None:

@@ -21,15 +21,16 @@ def rows(document: dict) -> list[str]:
     for record in document["records"]:
         if record["threads"] != 1:
             continue
-        ours = record["times"]["hdrops"]["median_ms"]
         peers = {k: v["median_ms"] for k, v in record["times"].items() if not k.startswith("hdrops")}
         for peer, theirs in peers.items() or {"": None}.items():
             goal = record["goals"].get(peer)
-            ratio = f"{theirs / ours:.1f}x" if theirs else ""
+            partner = record["partners"].get(peer, "hdrops")
+            ours = record["times"][partner]["median_ms"]
+            ratio = f"{theirs / ours:.2g}x" if theirs else ""
             told = f"{peer} {milliseconds(theirs)}" if theirs else ""
-            lines.append(
-                f"| {record['case']} | {milliseconds(ours)} | {told} | {ratio} | {f'{goal:.2g}x' if goal else ''} |"
-            )
+            name = record["case"] + partner.removeprefix("hdrops")
+            reach = f"{goal:.2g}x" if goal else ""
+            lines.append(f"| {name} | {milliseconds(ours)} | {told} | {ratio} | {reach} |")
     return lines
 
 
@@ -41,10 +42,11 @@ def scaling(document: dict) -> str:
 def text(path: Path) -> str:
     document = json.loads(path.read_text())
     versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
+    copy, peak = document["copy_bytes_per_s"] / 1e9, document["fma_flops_per_s"] / 1e9
     head = (
-        f"One thread of {document['machine']} ({document['simd']}), {document['date']}; {versions}. Median process time, "
-        f"contenders interleaved in one process by `make bench`; one core copies {document['copy_bytes_per_s'] / 1e9:.0f} GB/s "
-        f"and multiplies and adds {document['fma_flops_per_s'] / 1e9:.0f} GFLOP/s. Ratio: peer time / hdrops time."
+        f"One thread of {document['machine']} ({document['simd']}), {document['date']}; {versions}. Median process "
+        f"time, contenders interleaved in one process by `make bench`; one core copies {copy:.0f} GB/s and does "
+        f"{peak:.0f} GFLOP/s of multiply-adds. Ratio: peer time / hdrops time."
     )
     picture = f"![ratios](benches/results/{path.stem}.png)"
     return "\n".join([BEGIN, head, "", *rows(document), "", scaling(document), "", picture, END])

@@ -1,4 +1,4 @@
-"""pytest-benchmark over the registry: `pytest benches --benchmark-only`, hdrops alone, stored and compared by the plugin."""
+"""pytest-benchmark over the registry, hdrops alone: `pytest benches --benchmark-only`."""
 
 import pytest
 import torch
