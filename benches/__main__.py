@@ -1,7 +1,8 @@
 """Runs the benchmark cases: `python -m benches [--filter TEXT] [--threads 1,2] [--seconds S] [--save]`.
 
 The contenders of a case take turns in one process, so that what disturbs the machine disturbs all of them. A time is
-the median over the rounds: process CPU time with one thread (other programs do not count in it), wall time with more. The
+the median over the rounds: process CPU time with one thread (other programs do not count in it), wall time with more.
+The
 table gives the time, the ratio peer / hdrops beside the ratio to reach, and how near hdrops comes to the multiply-add
 rate and the copy bandwidth of one core, measured in the same run (benches/limits.py). `--save` writes
 benches/results/<processor>-<date>.json and the same as a picture.
