@@ -98,7 +98,7 @@ def host_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
     flags += ["-ffp-contract=fast", "-fno-math-errno"]
     if SANITIZE:
-        flags += ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS, "-fno-sanitize-recover=undefined"]
+        flags += ["-O1", "-g1", "-fno-wrapv", "-fno-omit-frame-pointer", *SANITIZERS, "-fno-sanitize-recover=undefined"]
     if switch("HDROPS_LOWERED_ISA", ("0", "1")) == "1":
         flags += ["-DHDROPS_LOWERED_ISA"]
     return flags
