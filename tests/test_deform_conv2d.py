@@ -346,16 +346,19 @@ def test_samples_outside_do_not_see_the_image(value: float) -> None:
         assert (gradients[name] == 0).all(), name
 
 
-def test_nan_in_one_pixel_reaches_only_what_samples_it() -> None:
-    case = Case(n=1, size=(12, 12), reach=0.3, channels=2)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("pixel", [(0, 0), (0, -1), (-1, 0), (-1, -1), (5, 5)])
+def test_a_pixel_of_nan_reaches_only_what_samples_it(pixel: tuple[int, int], channels: int, value: float) -> None:
+    case = Case(n=2, size=(12, 12), channels=channels)
     tensors = case.tensors(torch.float32)
-    clean = run(tensors, case)["output"]
-    tensors["input"][0, 0, 5, 5] = float("nan")
+    tensors["input"][0, :, pixel[0], pixel[1]] = value
+    wanted = expected(tensors, case)["output"]
+    touched = ~wanted.isfinite()
+    assert 0 < touched.sum() < touched.numel() / 4
     output = run(tensors, case)["output"]
-    near = torch.zeros(12, 12, dtype=torch.bool)
-    near[2:9, 2:9] = True
-    assert output[0, :, 5, 5].isnan().all()
-    assert torch.equal(output[..., ~near], clean[..., ~near])
+    assert torch.equal(~output.isfinite(), touched)
+    assert_close(output[~touched], wanted[~touched], terms=9 * channels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
