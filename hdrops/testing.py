@@ -62,8 +62,8 @@ def assert_close(
     excess = torch.where(finite, (got - want).abs() - bound, torch.full_like(want, -torch.inf))
     worst = int(excess.argmax())
     assert excess.flatten()[worst] <= 0, (
-        f"{name} ({actual.dtype}): {int((excess > 0).sum())} of {want.numel()} elements off; worst at flat index {worst}: "
-        f"got {got.flatten()[worst]:.9g}, expected {want.flatten()[worst]:.9g}, "
+        f"{name} ({actual.dtype}): {int((excess > 0).sum())} of {want.numel()} elements off; "
+        f"worst at flat index {worst}: got {got.flatten()[worst]:.9g}, expected {want.flatten()[worst]:.9g}, "
         f"error {(got - want).abs().flatten()[worst]:.3g}, allowed {bound.flatten()[worst]:.3g}"
     )
 

@@ -1,0 +1,386 @@
+// Exposure merging of a block of elements, the part that forward and backward share. Compiled per instruction set.
+//
+// prepare() points at the block's readings, frame after frame in order of exposure; accumulate() sums w and
+// w (ln g - ln t) over the frames; an element whose weights sum to nearly nothing goes through resolve(), alone, which
+// knows every rule: masks, NaN, clipping in every frame. 8-bit codes read both terms of a frame from a table in one
+// load; other readings are evaluated in vectors, with the same code for one lane and for many.
+namespace hdrops {
+namespace HDROPS_ISA {
+
+// What one stream has of its own.
+template <class T, class A>
+struct MergeStream {
+  const T* base;  // the stream's first element in frame 0 of the stack
+  const int32_t* order;
+  const A* log_exposures;
+  const A* curve;
+  const A* log_curve;
+  const A* table;
+  int64_t image, plane;
+};
+
+template <class T, class A>
+MergeStream<T, A> merge_stream(const MergeParams<A>& p, int64_t index) {
+  int64_t n = p.interleaved ? index : index / p.channels, c = p.interleaved ? 0 : index % p.channels;
+  MergeStream<T, A> s;
+  s.base = static_cast<const T*>(p.stack) + n * p.stack_stride_n + c * p.pixels;
+  s.order = p.order + n * p.exposure_stride_n;
+  s.log_exposures = p.log_exposures + n * p.exposure_stride_n;
+  s.curve = p.curve == nullptr ? nullptr : p.curve + n * p.curve_stride_n + c * p.curve_stride_c;
+  s.log_curve = p.log_curve == nullptr ? nullptr : p.log_curve + n * p.log_curve_stride_n + c * p.log_curve_stride_c;
+  s.table = p.table == nullptr ? nullptr : p.table + n * p.table_stride_n + c * p.table_stride_c;
+  s.image = n;
+  s.plane = c;
+  return s;
+}
+
+// The largest reading.
+template <class T>
+constexpr double kMergeMax = 1;
+template <>
+constexpr double kMergeMax<uint8_t> = 255;
+template <>
+constexpr double kMergeMax<uint16_t> = 65535;
+
+template <int N, class A, class T>
+HDROPS_HD vec<A, N> load_reading(const T* source) {
+  if constexpr (kMergeMax<T> > 1) {
+    return __builtin_convertvector(load<N>(source), vec<A, N>);
+  } else {
+    return load_wide<N>(source);
+  }
+}
+
+template <class A, class T>
+HDROPS_HD A reading_of(T value) {
+  if constexpr (kMergeMax<T> > 1) {
+    return A(value);
+  } else {
+    return widen(value);
+  }
+}
+
+template <int N, class A>
+HDROPS_HD vec<A, N> gather_entries(const A* table, vec<int32_t, N> index) {
+  vec<A, N> value;
+  for (int lane = 0; lane < N; ++lane) value[lane] = table[index[lane]];
+  return value;
+}
+
+// Where a reading falls in a table of `length` entries (OP-6).
+template <int N, class A>
+struct TablePlace {
+  vec<int32_t, N> lower, upper;
+  vec<A, N> fraction;
+};
+
+template <int N, class A>
+HDROPS_HD TablePlace<N, A> table_place(vec<A, N> reading, A scale, int64_t length) {
+  TablePlace<N, A> place;
+  vec<A, N> position = reading * scale;
+  vec<int32_t, N> last = splat<N>(int32_t(length - 1));
+  place.lower = vmin(__builtin_convertvector(position, vec<int32_t, N>), last);
+  place.upper = vmin(place.lower + 1, last);
+  place.fraction = position - __builtin_convertvector(place.lower, vec<A, N>);
+  return place;
+}
+
+// w of readings in [0, max].
+template <class T, int N, class A>
+HDROPS_HD vec<A, N> merge_weight(const MergeParams<A>& p, vec<A, N> reading) {
+  const A scale = A(double(p.weight_length - 1) / kMergeMax<T>);
+  const vec<A, N> zero = splat<N>(A(0)), one = splat<N>(A(1));
+  if (p.weight_length <= 3) {
+    vec<A, N> u = reading * scale, v = u - A(1);
+    return p.hinge[0] + p.hinge[1] * vmin(u, one) + p.hinge[2] * vmin(vmax(v, zero), one);
+  }
+  auto place = table_place<N>(reading, scale, p.weight_length);
+  vec<A, N> lower = gather_entries<N>(p.weight, place.lower), upper = gather_entries<N>(p.weight, place.upper);
+  return lower + place.fraction * (upper - lower);
+}
+
+// One frame's reading of N elements: g, its slope per unit of a reading in [0, 1], w, and where g lies in the curve.
+template <int N, class A>
+struct FrameTerms {
+  vec<A, N> response, slope, weight;
+  TablePlace<N, A> place;
+};
+
+// `offset`: of each element's channel in the curve, or null.
+template <class T, int N, class A>
+HDROPS_HD FrameTerms<N, A> frame_terms(const MergeParams<A>& p, const A* curve, const int32_t* offset,
+                                       vec<A, N> raw) {
+  const vec<A, N> zero = splat<N>(A(0)), top = splat<N>(A(kMergeMax<T>));
+  vec<A, N> reading = raw > zero ? raw : zero;  // a NaN becomes 0
+  reading = reading < top ? reading : top;
+  FrameTerms<N, A> terms;
+  terms.weight = merge_weight<T, N>(p, reading);
+  terms.weight = raw == raw ? terms.weight : zero;
+  if (curve == nullptr) {
+    vec<A, N> least = splat<N>(A(kSmallestResponse));
+    terms.response = reading * A(1 / kMergeMax<T>);
+    terms.slope = (reading > zero) & (reading < top) ? splat<N>(A(1)) : zero;
+    terms.response = reading > zero ? terms.response : least;
+  } else {
+    terms.place = table_place<N>(reading, A(double(p.curve_length - 1) / kMergeMax<T>), p.curve_length);
+    if (offset != nullptr) {
+      vec<int32_t, N> shift = load<N>(offset);
+      terms.place.lower += shift;
+      terms.place.upper += shift;
+    }
+    vec<A, N> lower = gather_entries<N>(curve, terms.place.lower), upper = gather_entries<N>(curve, terms.place.upper);
+    terms.response = lower + terms.place.fraction * (upper - lower);
+    terms.slope = raw >= zero ? (upper - lower) * A(p.curve_length - 1) : zero;
+  }
+  return terms;
+}
+
+// Whether reading a comes after b among frames of one exposure: NaN last, then by share.
+template <class A>
+HDROPS_HD bool comes_after(A a, A b, A share_a, A share_b) {
+  if (b != b) return a != a && share_a > share_b;
+  if (a != a) return true;
+  return a > b || (a == b && share_a > share_b);
+}
+
+// Copies the frames [first, last) of one exposure and sorts each element's readings, so that the sum over the frames
+// does not depend on the order they were given in.
+template <class T, class A>
+void order_tied(MergeWorkspace<T, A>& ws, int64_t first, int64_t last, int64_t block, int64_t count) {
+  const bool shared = ws.share[first] != nullptr;
+  for (int64_t j = first; j < last; ++j) {
+    T* reading = ws.tied_reading + j * block;
+    A* share = ws.tied_share + j * block;
+    __builtin_memcpy(reading, ws.row[j], size_t(count) * sizeof(T));
+    if (shared) __builtin_memcpy(share, ws.share[j], size_t(count) * sizeof(A));
+    ws.ordered_row[j] = reading;
+    if (shared) ws.ordered_share[j] = share;
+  }
+  for (int64_t end = last - 1; end > first; --end) {
+    for (int64_t j = first; j < end; ++j) {
+      T *low = ws.tied_reading + j * block, *high = low + block;
+      A *low_share = ws.tied_share + j * block, *high_share = low_share + block;
+      for (int64_t i = 0; i < count; ++i) {
+        A a = reading_of<A>(low[i]), b = reading_of<A>(high[i]);
+        bool swap = comes_after<A>(a, b, shared ? low_share[i] : A(0), shared ? high_share[i] : A(0));
+        T held = low[i];
+        low[i] = swap ? high[i] : held;
+        high[i] = swap ? held : high[i];
+        if (shared) {
+          A part = low_share[i];
+          low_share[i] = swap ? high_share[i] : part;
+          high_share[i] = swap ? part : high_share[i];
+        }
+      }
+    }
+  }
+}
+
+// A frame's mask, one share an element, none below 0.
+template <class T, class A>
+void expand_mask(const MergeParams<A>& p, int64_t image, int64_t frame, int64_t first_pixel, int64_t count, A* share) {
+  const int64_t at = image * p.mask_stride_n + frame * p.pixels + first_pixel;
+  const int64_t repeat = p.interleaved ? p.channels : 1;
+  const uint8_t* kept = static_cast<const uint8_t*>(p.mask) + at;
+  const A* part = static_cast<const A*>(p.mask) + at;
+  for (int64_t pixel = 0, i = 0; i < count; ++pixel) {
+    A value;
+    if (p.mask_kind == MergeMask::boolean) {
+      value = kept[pixel] != 0 ? A(1) : A(0);
+    } else {
+      value = part[pixel] > 0 ? part[pixel] : A(0);
+    }
+    for (int64_t c = 0; c < repeat; ++c, ++i) share[i] = value;
+  }
+}
+
+// Points the workspace at `count` elements from `begin` of a stream.
+template <class T, class A>
+void prepare(const MergeParams<A>& p, const MergeStream<T, A>& s, int64_t begin, int64_t block, int64_t count,
+             MergeWorkspace<T, A>& ws) {
+  for (int64_t j = 0; j < p.frames; ++j) {
+    ws.row[j] = ws.ordered_row[j] = s.base + s.order[j] * p.stack_stride_p + begin;
+    ws.share[j] = ws.ordered_share[j] = nullptr;
+    if (p.mask_kind != MergeMask::none) {
+      A* share = ws.share_block + j * block;
+      expand_mask<T, A>(p, s.image, s.order[j], p.interleaved ? begin / p.channels : begin, count, share);
+      ws.share[j] = ws.ordered_share[j] = share;
+    }
+  }
+  if (!p.tied) return;
+  for (int64_t first = 0; first < p.frames;) {
+    int64_t last = first + 1;
+    while (last < p.frames && s.log_exposures[last] == s.log_exposures[first]) ++last;
+    if (last - first > 1) order_tied(ws, first, last, block, count);
+    first = last;
+  }
+}
+
+// The offsets of the channels of an interleaved block.
+template <class T, class A>
+void prepare_offsets(const MergeParams<A>& p, int64_t block, MergeWorkspace<T, A>& ws) {
+  for (int64_t i = 0; i < block; ++i) {
+    ws.curve_offset[i] = int32_t(i % p.channels * p.curve_stride_c);
+    ws.table_offset[i] = int32_t(i % p.channels * p.table_stride_c);
+  }
+}
+
+// Sums of N elements from i, readings evaluated as vectors.
+template <int N, class T, class A>
+HDROPS_HD void accumulate_readings(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws,
+                                   int64_t i) {
+  const int32_t* offset = p.interleaved && p.curve_stride_c != 0 ? ws.curve_offset + i : nullptr;
+  vec<A, N> weights = splat<N>(A(0)), values = weights;
+  for (int64_t j = 0; j < p.frames; ++j) {
+    auto terms = frame_terms<T, N>(p, s.curve, offset, load_reading<N, A>(ws.ordered_row[j] + i));
+    if (ws.ordered_share[j] != nullptr) terms.weight *= load<N>(ws.ordered_share[j] + i);
+    weights += terms.weight;
+    values += terms.weight * (vlog<N>(terms.response) - s.log_exposures[j]);
+  }
+  store<N>(ws.weight_sum + i, weights);
+  store<N>(ws.value_sum + i, values);
+}
+
+// A table's pair (w, w (ln g - ln t)) is read by one load of kPairLanes values, of which the first two count.
+template <class A>
+constexpr int kPairLanes = 16 / int(sizeof(A));
+
+// Sums of kGroup 8-bit codes from i: as many accumulators stay in registers while the frames go by.
+template <int kGroup, bool kOffsets, bool kShares, class A>
+HDROPS_HD void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                                MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+  constexpr int L = kPairLanes<A>;
+  vec<A, L> sums[kGroup] = {};
+  const A* table = s.table;
+  for (int64_t j = 0; j < p.frames; ++j, table += p.table_stride_p) {
+    const uint8_t* row = ws.ordered_row[j] + i;
+    for (int k = 0; k < kGroup; ++k) {
+      const A* pair = table + 2 * int64_t(row[k]);
+      if constexpr (kOffsets) pair += ws.table_offset[i + k];
+      vec<A, L> terms = load<L>(pair);
+      if constexpr (kShares) terms *= ws.ordered_share[j][i + k];
+      sums[k] += terms;
+    }
+  }
+  for (int k = 0; k < kGroup; ++k) {
+    ws.weight_sum[i + k] = sums[k][0];
+    ws.value_sum[i + k] = sums[k][1];
+  }
+}
+
+template <bool kOffsets, bool kShares, class A>
+void accumulate_all_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                          int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) accumulate_codes<8, kOffsets, kShares>(p, s, ws, i);
+  for (; i < count; ++i) accumulate_codes<1, kOffsets, kShares>(p, s, ws, i);
+}
+
+// Sums of a prepared block.
+template <class T, class A>
+void accumulate(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
+  if constexpr (sizeof(T) == 1) {
+    const bool offsets = p.interleaved && p.table_stride_c != 0, shares = p.mask_kind != MergeMask::none;
+    if (offsets) {
+      shares ? accumulate_all_codes<true, true>(p, s, ws, count) : accumulate_all_codes<true, false>(p, s, ws, count);
+    } else {
+      shares ? accumulate_all_codes<false, true>(p, s, ws, count) : accumulate_all_codes<false, false>(p, s, ws, count);
+    }
+  } else {
+    constexpr int N = kLanes<A>;
+    int64_t i = 0;
+    for (; i + N <= count; i += N) accumulate_readings<N>(p, s, ws, i);
+    for (; i < count; ++i) accumulate_readings<1>(p, s, ws, i);
+  }
+}
+
+// w and ln g - ln t of element i in the frame of rank j.
+template <class T, class A>
+void terms_of_one(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t j, int64_t i,
+                  A& weight, A& value) {
+  const int64_t channel = p.interleaved ? i % p.channels : 0;
+  if constexpr (sizeof(T) == 1) {
+    weight = p.code_weight[ws.row[j][i]];
+    value = s.log_curve[channel * p.log_curve_stride_c + ws.row[j][i]] - s.log_exposures[j];
+  } else {
+    const A* curve = s.curve == nullptr ? nullptr : s.curve + channel * p.curve_stride_c;
+    auto terms = frame_terms<T, 1>(p, curve, nullptr, load_reading<1, A>(ws.row[j] + i));
+    weight = terms.weight[0];
+    value = vlog<1>(terms.response)[0] - s.log_exposures[j];
+  }
+}
+
+template <class T, class A>
+HDROPS_HD A share_of(const MergeWorkspace<T, A>& ws, int64_t j, int64_t i) {
+  return ws.share[j] != nullptr ? ws.share[j][i] : A(1);
+}
+
+// ln E of element i by all the rules, and in ws.fraction how much of each frame's ln g - ln t it is made of.
+template <class T, class A>
+A resolve(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t i) {
+  // By exposure, equal exposures by reading, what is NaN or masked left out; if that leaves none, the mask is ignored.
+  int32_t* rank = ws.rank;
+  int64_t count = 0;
+  bool masked = true;
+  for (int pass = 0; pass < 2 && count == 0; ++pass) {
+    masked = pass == 0;
+    for (int64_t j = 0; j < p.frames; ++j) {
+      A reading = reading_of<A>(ws.row[j][i]), share = share_of(ws, j, i);
+      if (reading != reading || (masked && !(share > 0))) continue;
+      int64_t at = count++;
+      for (; at > 0; --at) {
+        int32_t before = rank[at - 1];
+        if (s.log_exposures[before] != s.log_exposures[j]) break;
+        if (!comes_after<A>(reading_of<A>(ws.row[before][i]), reading, share_of(ws, before, i), share)) break;
+        rank[at] = before;
+      }
+      rank[at] = int32_t(j);
+    }
+  }
+  for (int64_t j = 0; j < p.frames; ++j) ws.fraction[j] = 0;
+  if (count == 0) return A(__builtin_nan(""));
+
+  A total = 0, sum = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    A weight, value;
+    terms_of_one(p, s, ws, rank[k], i, weight, value);
+    if (masked) weight *= share_of(ws, rank[k], i);
+    ws.fraction[rank[k]] = weight;
+    total += weight;
+    if (weight != 0) sum += weight * value;
+  }
+  if (p.fallback && total <= A(kNoWeight)) {
+    bool bright = reading_of<A>(ws.row[rank[(count - 1) / 2]][i]) > A(kMergeMax<T> / 2);
+    int32_t chosen = bright ? rank[0] : rank[count - 1];
+    for (int64_t j = 0; j < p.frames; ++j) ws.fraction[j] = j == chosen ? A(1) : A(0);
+    A weight, value;
+    terms_of_one(p, s, ws, chosen, i, weight, value);
+    return value;
+  }
+  total += A(kMergeEpsilon);
+  for (int64_t j = 0; j < p.frames; ++j) ws.fraction[j] /= total;
+  return sum / total;
+}
+
+// ln E of a block from its sums, but for elements of nearly no weight; returns whether there are any.
+template <class A>
+bool log_radiance_of_sums(const A* weight_sum, const A* value_sum, A* log_radiance, int64_t count) {
+  constexpr int N = kLanes<A>;
+  int64_t i = 0;
+  vec<A, N> least = splat<N>(A(1));
+  for (; i + N <= count; i += N) {
+    vec<A, N> total = load<N>(weight_sum + i);
+    least = vmin(total, least);
+    store<N>(log_radiance + i, load<N>(value_sum + i) / (total + A(kMergeEpsilon)));
+  }
+  A smallest = least[0];
+  for (int lane = 1; lane < N; ++lane) smallest = smallest < least[lane] ? smallest : least[lane];
+  for (; i < count; ++i) {
+    smallest = smallest < weight_sum[i] ? smallest : weight_sum[i];
+    log_radiance[i] = value_sum[i] / (weight_sum[i] + A(kMergeEpsilon));
+  }
+  return smallest <= A(kNoWeight);
+}
+
+}  // namespace HDROPS_ISA
+}  // namespace hdrops

@@ -1,0 +1,5 @@
+// Everything of exposure merging that is compiled per instruction set (merge_cpu.cpp).
+#include "common/vmath.h"
+#include "crf/merge_block_cpu.h"
+#include "crf/merge_forward_cpu.h"
+#include "crf/merge_backward_cpu.h"
