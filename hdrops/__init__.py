@@ -1,7 +1,7 @@
 """hdrops: the operators of HDR imaging for PyTorch, with hand-written kernels forward and backward."""
 
 import hdrops._load  # noqa: F401  (loads the compiled operators; everything below needs them)
-from hdrops import camera, nn, reference
+from hdrops import camera, nn, onnx, reference
 from hdrops._config import show_config
 from hdrops.ops.crf import crf_lookup, quantize_ste, tent_histogram, value_histogram
 from hdrops.ops.deform_conv2d import deform_conv2d
@@ -14,6 +14,7 @@ __all__ = [
     "deform_conv2d",
     "merge_exposures",
     "nn",
+    "onnx",
     "quantize_ste",
     "reference",
     "show_config",

@@ -34,11 +34,10 @@ def checked_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -
     def rule() -> str:
         return f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}"
 
-    if not isinstance(value, (int, torch.SymInt, tuple, list)):
-        raise TypeError(rule())
-    values = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
-    if not all(isinstance(item, (int, torch.SymInt)) for item in values):
-        raise TypeError(rule())
+    values = value if isinstance(value, (tuple, list)) else (value, value)
+    for item in values:
+        if not isinstance(item, (int, torch.SymInt)):
+            raise TypeError(rule())
     if len(values) != 2 or values[0] < minimum or values[1] < minimum:
         raise ValueError(rule())
     return values[0], values[1]
