@@ -51,7 +51,9 @@ def assert_close(
         return
     tolerance = TOLERANCES[actual.dtype]
     got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
-    assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN in {int((got.isnan() ^ want.isnan()).sum())} wrong places"
+    assert torch.equal(got.isnan(), want.isnan()), (
+        f"{name}: NaN in {int((got.isnan() ^ want.isnan()).sum())} wrong places"
+    )
     finite = want.isfinite()
     assert torch.equal(got[~finite & ~want.isnan()], want[~finite & ~want.isnan()]), f"{name}: infinities differ"
     if scale is None:
