@@ -63,7 +63,7 @@ void tent_histogram_cpu(const TentParams& p) {
                               channel.get(), begin, end);
     });
   }
-  parallel_for(p.n * p.c * ceil_div(p.p, kPixelsPerPiece), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(p.n * p.c * ceil_div(p.p, kPixelsPerPiece), p.p < kPixelsPerPiece ? 1 + kPixelsPerPiece / p.p : 1, [&](int64_t begin, int64_t end) {
     dispatch_tent_planes<T>(p, static_cast<const A*>(scale.get()), static_cast<const A*>(centre.get()), begin, end);
   });
 }
@@ -81,7 +81,7 @@ void value_histogram_cpu(const ValueHistogramParams& p) {
   Parts parts = cut(p.layout, kPixelsPerPart + 8 * table_size, most_parts);
   int64_t units = p.layout.groups * parts.per_group;
   Scratch<double> sums(units * table_size);
-  parallel_for(units, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(units, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_count<T>(p, sums.get(), parts, begin, end);
   });
   T* output = static_cast<T*>(p.output);
@@ -105,7 +105,7 @@ void value_histogram_backward_cpu(const ValueHistogramParams& p) {
     slopes.get()[i] = baseline::widen(grad[i]) / A(2 * (bin > 0 ? bin : 1));
   }
   Parts parts = cut(p.layout, kPixelsPerPart, INT64_MAX);
-  parallel_for(p.layout.groups * parts.per_group, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(p.layout.groups * parts.per_group, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_slopes<T>(p, static_cast<const A*>(slopes.get()), parts, begin, end);
   });
 }

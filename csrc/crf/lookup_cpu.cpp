@@ -56,7 +56,7 @@ void forward(const LookupParams& p) {
   }
   const A* tables = Linear ? pairs.get() : curve;
   Parts parts = cut(p.layout, kPixelsPerPart, INT64_MAX);
-  parallel_for(p.layout.groups * parts.per_group, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(p.layout.groups * parts.per_group, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_lookup(LookupTypes<Linear, In, Out>{}, p, tables, parts, begin, end);
   });
 }
@@ -89,7 +89,7 @@ void backward(const LookupParams& p) {
   Parts parts = cut(p.layout, least, most);
   int64_t units = p.layout.groups * parts.per_group;
   Scratch<double> sums(summing ? units * per_part : 0);
-  parallel_for(units, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(units, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_lookup_backward(LookupTypes<Linear, In, Out>{}, p, slopes.get(), summing ? sums.get() : nullptr, parts,
                              begin, end);
   });

@@ -228,10 +228,9 @@ def _spread_over_codes(curves: Tensor, codes: int, mode: str) -> Tensor:
     """Curves [N|1, C|1, L] as tables with one entry for each code; a differentiable lookup where L is another."""
     if curves.shape[2] == codes:
         return curves
-    positions = torch.float64 if curves.dtype == torch.float64 else torch.float32
-    ramp = torch.arange(codes, device=curves.device, dtype=positions) / (codes - 1)
+    ramp = torch.arange(codes, device=curves.device, dtype=torch.float64) / (codes - 1)
     ramp = ramp.expand(*curves.shape[:2], codes)
-    table: Tensor = torch.ops.hdrops.crf_lookup.default(ramp, curves.to(positions), mode, None)
+    table: Tensor = torch.ops.hdrops.crf_lookup.default(ramp, curves.double(), mode, None)
     return table.to(curves.dtype)
 
 

@@ -34,15 +34,15 @@ def crf_lookup(
     if input.dtype in CODES:
         codes = CODES[input.dtype]
         if curve.shape[-1] != codes:
-            ramp = torch.arange(codes, device=curve.device, dtype=_coordinates(curve).dtype) / (codes - 1)
+            ramp = torch.arange(codes, device=curve.device, dtype=torch.float64) / (codes - 1)
             ramp = ramp.expand(*curve.shape[:2], codes)
             curve = crf_lookup(ramp, curve, mode=mode).to(curve.dtype)
         return _take(curve, input.long())
     x = _coordinates(input)
     curve = curve.to(x.dtype)
     unknown = x.isnan()
-    clamped = x.clamp(0, 1)
-    position = torch.where(unknown, 0, clamped.detach()) * last
+    clamped = torch.where(unknown, 0, x).clamp(0, 1)
+    position = clamped.detach() * last
     if mode == "linear":
         index = position.floor().long()
         fraction = clamped * last - index
