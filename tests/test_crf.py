@@ -1,6 +1,8 @@
 """crf_lookup, tent_histogram, value_histogram and quantize_ste against their definitions and at the awkward places."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -443,6 +445,37 @@ def test_histograms_of_empty_images(function):
         output.sum().backward()
         assert output.shape == getattr(reference, function.__name__)(input).shape
         assert input.grad.shape == shape and not output.detach().any()
+
+
+# The module
+
+
+def test_module_learns_a_response():
+    """Gradient descent finds the curve that made the target."""
+    target = torch.linspace(0, 1, 17) ** 2.2
+    layer = hdrops.nn.CRF(levels=17)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(300):
+        x = torch.rand(1, 3, 32, 32)
+        optimizer.zero_grad()
+        (layer(x) - hdrops.crf_lookup(x, target)).square().mean().backward()
+        optimizer.step()
+    assert float((layer.curve.detach() - target).abs().max()) < 0.01
+
+
+def test_module_states_and_copies():
+    curves = torch.rand(3, 256)
+    layer = hdrops.nn.CRF(channels=3, curve=curves, learnable=False, mode="nearest")
+    assert not list(layer.parameters())
+    other = hdrops.nn.CRF(levels=256, channels=3, mode="nearest")
+    other.load_state_dict(layer.state_dict())
+    codes = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
+    want = hdrops.crf_lookup(codes, curves[None])
+    for module in (layer, other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(module(codes), want)
+    assert "levels=256, channels=3, learnable=False" in repr(layer)
+    with pytest.raises(ValueError, match=r"CRF: curve must be \[2, L\], got shape \[3, 256\]"):
+        hdrops.nn.CRF(channels=2, curve=curves)
 
 
 # errors

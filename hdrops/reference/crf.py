@@ -25,9 +25,7 @@ def _take(curve: Tensor, index: Tensor) -> Tensor:
     return curve.expand(n, c, -1).gather(2, flat).reshape(index.shape)
 
 
-def crf_lookup(
-    input: Tensor, curve: Tensor, *, mode: str = "linear", gradient_scale: float | None = None
-) -> Tensor:
+def crf_lookup(input: Tensor, curve: Tensor, *, mode: str = "linear", gradient_scale: float | None = None) -> Tensor:
     """See :func:`hdrops.crf_lookup`."""
     curve = curve.reshape(1, 1, -1) if curve.dim() == 1 else curve
     last = curve.shape[-1] - 1
