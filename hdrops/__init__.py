@@ -3,11 +3,9 @@
 import hdrops._load  # noqa: F401  (loads the compiled operators; everything below needs them)
 from hdrops import nn, reference
 from hdrops.ops.deform_conv2d import deform_conv2d
-
-__all__ = ["deform_conv2d", "nn", "reference"]
-
-__version__ = "0.1.0"
 from hdrops.ops.merge_exposures import merge_exposures
 from hdrops.ops.truncate import truncate
 
-__all__ = ["merge_exposures", "truncate"]
+__all__ = ["deform_conv2d", "merge_exposures", "nn", "reference", "truncate"]
+
+__version__ = "0.1.0"
