@@ -571,7 +571,9 @@ print(hdrops._load.simd_level())
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
-def test_every_instruction_set_agrees(level, tmp_path):
+def test_lower_instruction_sets_agree(level, tmp_path):
+    if level == hdrops._load.simd_level():
+        pytest.skip(f"{level} is what every other test here runs on")
     cases = []
     for dtype in (torch.uint8, torch.uint16, torch.float32):
         inputs = (bracket(dtype), log_times(4).float(), response(19, 1, 3).float())
@@ -584,8 +586,7 @@ def test_every_instruction_set_agrees(level, tmp_path):
     command = [sys.executable, "-c", SIMD_SCRIPT, str(tmp_path / "cases.pt")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    if hdrops._load.simd_level() != "baseline":
-        assert result.stdout.strip() == level
+    assert result.stdout.strip() == level
 
 
 # Errors

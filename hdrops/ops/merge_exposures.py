@@ -232,3 +232,9 @@ def _vmap(
         fallback,
     )
     return radiance.unflatten(0, (info.batch_size, batch)), 0
+
+
+torch.library.register_vmap(
+    "hdrops::_merge_exposures_backward",
+    _common.vmap_by_loop(torch.ops.hdrops._merge_exposures_backward.default),
+)
