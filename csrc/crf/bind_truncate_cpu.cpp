@@ -33,8 +33,8 @@ Tensor run(const Tensor& input, const Tensor* grad_output, int64_t radius, doubl
   HDROPS_CHECK(eps > 0, "truncate: eps must be above 0, got ", eps);
   const bool channels_last = is_channels_last(input);
   const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  Tensor output = torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                       format);
+  Tensor output =
+      torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
   if (output.numel() == 0) return output;
   const Tensor image = torch::stable::contiguous(input, format);
   const Tensor grad = grad_output == nullptr ? image : torch::stable::contiguous(*grad_output, format);

@@ -1,10 +1,10 @@
 // The truncation process (OP-14), forward and backward. Compiled per instruction set.
 //
 // Rows stream through: a row of each stage is computed as soon as the rows of the stage before that its box spans are
-// there, and only the last few rows of each stage are kept. A box is summed down the columns and then along the row, anew for
-// every pixel, never by adding the next and taking away the last: in an image of high dynamic range what a bright
-// pixel leaves behind in a running sum would drown its dark neighbours. For the same reason everything is in double:
-// E[H^2] - E[H]^2 of bright pixels has no digits of eps left in float.
+// there, and only the last few rows of each stage are kept. A box is summed down the columns and then along the row,
+// anew for every pixel, never by adding the next and taking away the last: in an image of high dynamic range what a
+// bright pixel leaves behind in a running sum would drown its dark neighbours. For the same reason everything is in
+// double: E[H^2] - E[H]^2 of bright pixels has no digits of eps left in float.
 //
 // The transpose of a box with reflected borders is the box over zeros outside, whose values outside are then folded
 // back in; down the columns that makes some rows count twice.
@@ -68,7 +68,8 @@ inline void column_sums(const double* const* rows, int64_t count, int64_t size, 
 }
 
 template <int N>
-HDROPS_HD void sum_rows_and_squares(const double* const* rows, int64_t count, int64_t i, double* sums, double* squares) {
+HDROPS_HD void sum_rows_and_squares(const double* const* rows, int64_t count, int64_t i, double* sums,
+                                    double* squares) {
   vec<double, N> sum = splat<N>(0.0), square = sum;
   for (int64_t k = 0; k < count; ++k) {
     vec<double, N> value = load<N>(rows[k] + i);
@@ -242,8 +243,8 @@ void transposed_row(TruncateStream<T>& s, const RowRing& first, const RowRing& s
 }
 
 // Gradients of m and of box(H^2) from those of a and b.
-inline void moment_gradients(const double* grad_slope, const double* grad_shift, const double* slope, const double* mean,
-                             const double* inverse, double eps, int64_t count, double* grad_mean,
+inline void moment_gradients(const double* grad_slope, const double* grad_shift, const double* slope,
+                             const double* mean, const double* inverse, double eps, int64_t count, double* grad_mean,
                              double* grad_square) {
   for (int64_t i = 0; i < count; ++i) {
     double grad_variance = (grad_slope[i] - mean[i] * grad_shift[i]) * eps * inverse[i] * inverse[i];
@@ -272,8 +273,14 @@ template <class T>
 void truncate_rows(const TruncateParams& p, int64_t begin, int64_t end, const T* input, const T* grad_output, T* output,
                    TruncateWorkspace& ws) {
   const int64_t margin = p.radius * p.step;
-  TruncateStream<T> s{p, ws, input, grad_output, ws.first_columns + 2 * margin, ws.second_columns + 2 * margin,
-                      ws.first_sums + margin, ws.second_sums + margin};
+  TruncateStream<T> s{p,
+                      ws,
+                      input,
+                      grad_output,
+                      ws.first_columns + 2 * margin,
+                      ws.second_columns + 2 * margin,
+                      ws.first_sums + margin,
+                      ws.second_sums + margin};
   RowRing* stages[] = {&ws.grad_mean, &ws.direct, &ws.slope, &ws.image};
   for (int k = 0; k < 4; ++k) {
     const int64_t reach = (grad_output != nullptr ? k + 1 : k - 1) * p.radius;

@@ -1,5 +1,5 @@
-// The truncation process (OP-14) as the kernels see it: planes of rows, each row of `width` pixels times `step` channels
-// that lie side by side (1 for a contiguous image, C for a channels-last one).
+// The truncation process (OP-14) as the kernels see it: planes of rows, each row of `width` pixels times `step`
+// channels that lie side by side (1 for a contiguous image, C for a channels-last one).
 #pragma once
 #include <cstdint>
 

@@ -70,9 +70,7 @@ def _check(input: Tensor, radius: int, eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"truncate: eps must be above 0, got {eps}")
     if min(input.shape[2:]) <= radius:
-        raise ValueError(
-            f"truncate: height and width must be above radius = {radius}, got shape {list(input.shape)}"
-        )
+        raise ValueError(f"truncate: height and width must be above radius = {radius}, got shape {list(input.shape)}")
 
 
 @torch.library.register_fake("hdrops::truncate")
