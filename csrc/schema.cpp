@@ -16,9 +16,9 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_bias, Tensor grad_mask)");
 
   // Camera response curves: curve [N|1, C|1, L], input [N, C, P] in memory order (contiguous or channels last).
-  m.def("crf_lookup(Tensor input, Tensor curve, str mode, float gradient_scale) -> Tensor");
+  m.def("crf_lookup(Tensor input, Tensor curve, str mode, float? gradient_scale) -> Tensor");
   m.def(
-      "_crf_lookup_backward(Tensor grad_output, Tensor input, Tensor curve, str mode, float gradient_scale, "
+      "_crf_lookup_backward(Tensor grad_output, Tensor input, Tensor curve, str mode, float? gradient_scale, "
       "bool[2] output_mask) -> (Tensor grad_input, Tensor grad_curve)");
 
   // Exposure merging, OP-10: weight [L], curve [N|1, C|1, L] or none for a linear response.

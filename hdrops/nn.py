@@ -87,7 +87,7 @@ class ModulatedDeformConv2d(DeformConv2d):
 
     State dicts load, with ``load_state_dict``, from
 
-    * mmcv's ModulatedDeformConv2dPack: the same names and layout; of its first versions also ``<name>_offset.*``;
+    * mmcv's ModulatedDeformConv2dPack: the same names and layout;
     * the DCNv2 forks (class DCN): ``conv_offset_mask.*`` in that layout;
     * 4uiiurz1's pytorch-deform-conv-v2, modulated, 3x3 with padding 1: ``conv.*``, ``m_conv.*``, and ``p_conv.*`` with
       the y of all taps before the x of all taps.
@@ -150,16 +150,9 @@ class ModulatedDeformConv2d(DeformConv2d):
         return super().extra_repr() + (f", offset_groups={self.offset_groups}" if self.offset_groups != 1 else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        for rename in (_rename_mmcv_version_1, _rename_dcnv2_fork, _convert_4uiiurz1):
-            rename(self, state_dict, prefix)
+        _rename_dcnv2_fork(self, state_dict, prefix)
+        _convert_4uiiurz1(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-def _rename_mmcv_version_1(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:
-    """mmcv once kept the predicting convolution beside the layer: ``conv2_offset.weight`` for the layer ``conv2``."""
-    if prefix and prefix + "conv_offset.weight" not in state:
-        for name in ("weight", "bias"):
-            _rename(state, f"{prefix[:-1]}_offset.{name}", f"{prefix}conv_offset.{name}")
 
 
 def _rename_dcnv2_fork(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:

@@ -1,5 +1,6 @@
-"""deform_conv2d computes what OP-1 says: against the float64 reference, against identities, and at the awkward places."""
+"""deform_conv2d computes what OP-1 says: against the float64 reference, identities, and at the awkward places."""
 
+import doctest
 import itertools
 import os
 import subprocess
@@ -458,10 +459,18 @@ WRONG = {
     "weight_dimensions": (with_shape("weight", 6, 4, 3), {}, r"weight must have 4 dimensions .* got 3 "),
     "mask_dimensions": (with_shape("mask", 9, 8, 9), {}, r"mask must have 4 dimensions .* got 3 "),
     "bias_dimensions": (with_shape("bias", 6, 1), {}, r"bias must have 1 dimension \[O\], got 2 "),
-    "no_channels": (with_shape("input", 2, 0, 8, 9), {}, r"at least one channel, row and column, got shape \[2, 0, 8, 9\]"),
+    "no_channels": (
+        with_shape("input", 2, 0, 8, 9),
+        {},
+        r"at least one channel, row and column, got shape \[2, 0, 8, 9\]",
+    ),
     "no_weight": (with_shape("weight", 0, 4, 3, 3), {}, r"no empty dimension, got shape \[0, 4, 3, 3\]"),
     "groups": (with_shape("weight", 6, 3, 3, 3), {}, r"C/groups = 3 must divide the input's 4 channels"),
-    "group_outputs": (with_shape("weight", 5, 2, 3, 3), {}, r"5 output channels must be a multiple of groups = 4/2 = 2"),
+    "group_outputs": (
+        with_shape("weight", 5, 2, 3, 3),
+        {},
+        r"5 output channels must be a multiple of groups = 4/2 = 2",
+    ),
     "offset_batch": (with_shape("offset", 1, 18, 8, 9), {}, r"offset must have the input's batch 2, got 1 "),
     "offset_channels": (
         with_shape("offset", 2, 20, 8, 9),
@@ -470,13 +479,25 @@ WRONG = {
         r"\(offset shape \[2, 20, 8, 9\]\)",
     ),
     "offset_empty": (with_shape("offset", 2, 0, 8, 9), {}, r"a multiple of 2\*3\*3 = 18, got 0 "),
-    "offset_groups": (with_shape("offset", 2, 54, 8, 9), {}, r"offset_groups = 54/18 = 3 must divide the input's 4 chan"),
+    "offset_groups": (
+        with_shape("offset", 2, 54, 8, 9),
+        {},
+        r"offset_groups = 54/18 = 3 must divide the input's 4 chan",
+    ),
     "offset_size": (with_shape("offset", 2, 18, 8, 8), {}, r"offset must have the output's size 8 x 9, got 8 x 8 "),
     "mask_batch": (with_shape("mask", 1, 9, 8, 9), {}, r"mask must have the input's batch 2, got 1 "),
-    "mask_channels": (with_shape("mask", 2, 18, 8, 9), {}, r"mask must have offset_groups\*kh\*kw = 1\*3\*3 = 9 channels, got 18"),
+    "mask_channels": (
+        with_shape("mask", 2, 18, 8, 9),
+        {},
+        r"mask must have offset_groups\*kh\*kw = 1\*3\*3 = 9 channels, got 18",
+    ),
     "mask_size": (with_shape("mask", 2, 9, 7, 9), {}, r"mask must have the output's size 8 x 9, got 7 x 9 "),
     "bias_size": (with_shape("bias", 5), {}, r"bias must have one value for each of 6 output channels, got 5 "),
-    "kernel": ({}, {"padding": 0, "dilation": 4}, r"height dilation\*\(kernel-1\)\+1 = 9 must not exceed the padded input's 8 "),
+    "kernel": (
+        {},
+        {"padding": 0, "dilation": 4},
+        r"height dilation\*\(kernel-1\)\+1 = 9 must not exceed the padded input's 8 ",
+    ),
     "stride": ({}, {"stride": 0}, r"stride must be an integer or a pair of integers >= 1, got 0"),
     "stride_length": ({}, {"stride": (1, 1, 1)}, r"stride must be an integer or a pair .* got \(1, 1, 1\)"),
     "padding": ({}, {"padding": (1, -1)}, r"padding must be an integer or a pair of integers >= 0, got \(1, -1\)"),
@@ -516,22 +537,26 @@ def test_wrong_dtypes_are_named(name: str) -> None:
 def test_wrong_dtype_beside_half_data() -> None:
     tensors = Case().tensors(torch.float16)
     tensors["offset"] = tensors["offset"].bfloat16()
-    with pytest.raises(TypeError, match="offset must have the input's dtype torch.float16 or torch.float32, got torch.b"):
+    with pytest.raises(
+        TypeError, match=r"offset must have the input's dtype torch.float16 or torch.float32, got torch.b"
+    ):
         hdrops.deform_conv2d(**tensors, **Case().geometry)
 
 
 @pytest.mark.parametrize("stride", ["1", 1.0, (1, 2.0), None])
 def test_wrong_kinds_of_arguments(stride) -> None:
-    with pytest.raises(TypeError, match="^deform_conv2d: stride must be an integer or a pair of integers"):
+    with pytest.raises(TypeError, match=r"^deform_conv2d: stride must be an integer or a pair of integers"):
         hdrops.deform_conv2d(**Case().tensors(torch.float32), stride=stride)
-    with pytest.raises(TypeError, match="^deform_conv2d: input must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"^deform_conv2d: input must be a tensor, got list"):
         hdrops.deform_conv2d([1.0], torch.zeros(1), torch.zeros(1))
 
 
 def test_other_backends_and_devices() -> None:
     case = Case()
     tensors = case.tensors(torch.float32)
-    with pytest.raises(NotImplementedError, match="deform_conv2d: backend cuda cannot run this call: the tensors are on cpu"):
+    with pytest.raises(
+        NotImplementedError, match="deform_conv2d: backend cuda cannot run this call: the tensors are on cpu"
+    ):
         hdrops.deform_conv2d(**tensors, **case.geometry, backend="cuda")
     with pytest.raises(ValueError, match="deform_conv2d: weight must be on input's device cpu, got meta"):
         hdrops.deform_conv2d(**{**tensors, "weight": tensors["weight"].to("meta")}, **case.geometry)
@@ -564,3 +589,10 @@ def test_positional_call_in_torchvisions_order() -> None:
         *(tensors[name] for name in ("input", "offset", "weight", "bias")), (2, 1), (1, 1), [1, 2], tensors["mask"]
     )
     assert torch.equal(positional, run(tensors, case)["output"])
+
+
+@pytest.mark.parametrize("module", ["hdrops.ops.deform_conv2d", "hdrops.nn"])
+def test_the_docstrings_examples_run(module: str) -> None:
+    results = doctest.testmod(sys.modules[module], extraglobs={"torch": torch, "hdrops": hdrops})
+    assert results.attempted > 0
+    assert results.failed == 0

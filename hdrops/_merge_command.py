@@ -1,0 +1,153 @@
+"""``hdrops merge``: a bracket of photographs to an HDR image, a preview and, if wanted, its response curve.
+
+Radiance is in units of "middle code in one second": 1 where an exposure of one second would give the middle code of the
+response curve (with a linear response: where it would just clip). Times scaled by k scale it by 1/k.
+"""
+
+import argparse
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdrops import merge_exposures
+from hdrops._bracket import Bracket
+from hdrops._crf_command import (
+    PLOT_SUFFIXES,
+    RESPONSE_SUFFIXES,
+    inputs,
+    largest_code,
+    load,
+    progress,
+    read,
+    recover,
+)
+from hdrops._plot import plot_response
+from hdrops._tonemap_command import shrink, to_display
+from hdrops.camera import save_response
+from hdrops.camera.calibration import METHODS
+from hdrops.io import PICTURE_SUFFIXES, RADIANCE_SUFFIXES, InputError, Outputs, Pixels, write_image
+
+# Pixels merged at a time: bounds the memory beside input and output, and is plenty for all threads.
+_TILE = 1 << 18
+
+_log = logging.getLogger("hdrops")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what ``hdrops merge`` was asked to."""
+    start = time.perf_counter()
+    device = _device(args.device)
+    sources = inputs(args)
+    method, stored = _response_source(args)
+    if stored is not None:
+        sources.append(Path(args.response))
+    targets: dict[str, tuple[str, tuple[str, ...]]] = {"image": (args.output, RADIANCE_SUFFIXES)}
+    if args.preview:
+        targets["preview"] = (args.preview, PICTURE_SUFFIXES)
+    elif not args.no_preview:
+        output = Path(args.output)
+        targets["preview"] = (str(output.with_name(f"{output.stem}_preview.png")), PICTURE_SUFFIXES)
+    if args.plot:
+        targets["plot"] = (args.plot, PLOT_SUFFIXES)
+    if args.save_response:
+        targets["response"] = (args.save_response, RESPONSE_SUFFIXES)
+    with Outputs(sources) as outputs:
+        temporary = {kind: outputs.add(path, suffixes) for kind, (path, suffixes) in targets.items()}
+        bracket = read(args)
+        method = method or ("linear" if bracket.linear else "debevec")
+        curve = stored if method == "file" else None if method == "linear" else recover(bracket, method, args)
+        if "response" in temporary:
+            if curve is None:
+                raise InputError(f"{args.save_response}: no response to save; it is linear")
+            save_response(temporary["response"], curve)
+        if "plot" in temporary:
+            shown = torch.linspace(0, 2, 256).expand(1, 1, -1) if curve is None else curve
+            plot_response(temporary["plot"], shown, f"{method} response")
+        frames, span = len(bracket.paths), math.log2(max(bracket.exposures) / min(bracket.exposures))
+        radiance = merge(bracket, curve, weight=_weight(args, bracket), device=device)
+        del bracket
+        write_image(temporary["image"], radiance)
+        if "preview" in temporary:
+            write_image(temporary["preview"], to_display(shrink(radiance), args.tonemap))
+    written = ", ".join(f"{path} ({_size(path)})" for path, _ in targets.values())
+    seconds = time.perf_counter() - start
+    print(
+        f"{radiance.shape[1]} x {radiance.shape[0]}, {frames} frames over {span:.1f} EV, {method} response, "
+        f"dynamic range {dynamic_range(radiance):.1f} stops (p0.1 to p99.9); wrote {written} in {seconds:.1f} s"
+    )
+
+
+def merge(bracket: Bracket, curve: Tensor | None, *, weight: str | Tensor, device: torch.device) -> Pixels:
+    """Radiance float32 [H, W, 3], merged a strip of rows at a time.
+
+    Args:
+        bracket: the frames.
+        curve: inverse response [1, C, L]; None for a linear one.
+        weight: see :func:`hdrops.merge_exposures`.
+        device: where the strips are merged.
+    """
+    stack, mask = bracket.stack, bracket.mask
+    height, width = stack.shape[-2:]
+    log_exposures = bracket.log_exposures.float().to(device)
+    curve = None if curve is None else curve.float().to(device)
+    weight = weight if isinstance(weight, str) else weight.to(device)
+    radiance = torch.empty(height, width, 3)
+    rows = max(1, _TILE // width)
+    for top in progress(range(0, height, rows), "merging"):
+        strip = np.s_[..., top : top + rows, :]
+        keep = None if mask is None else ~mask[strip].to(device)
+        merged = merge_exposures(stack[strip].to(device), log_exposures, curve, weight=weight, mask=keep)
+        radiance[top : top + rows] = merged[0].permute(1, 2, 0)
+    if not bool(radiance.isfinite().all()):
+        raise RuntimeError("merge_exposures gave values that are not finite")
+    return radiance.numpy()
+
+
+def dynamic_range(radiance: Pixels) -> float:
+    """Stops between the 0.1th and the 99.9th percentile of luminance."""
+    step = max(1, math.isqrt(radiance.shape[0] * radiance.shape[1] >> 20))
+    light = radiance[::step, ::step] @ np.array([0.2126, 0.7152, 0.0722], np.float32)
+    low, high = np.percentile(light, (0.1, 99.9))
+    return float(np.log2(high / low))
+
+
+def _response_source(args: argparse.Namespace) -> tuple[str | None, Tensor | None]:
+    """Which response: a method's name, "linear", "file" with the stored curve, or None: by the kind of the images."""
+    if args.response is None or args.response == "linear" or args.response in METHODS:
+        return args.response, None
+    if Path(args.response).suffix not in RESPONSE_SUFFIXES:
+        known = ", ".join((*METHODS, "linear"))
+        raise InputError(f"--response {args.response}: is neither {known} nor a file ({', '.join(RESPONSE_SUFFIXES)})")
+    return "file", load(args.response)
+
+
+def _weight(args: argparse.Namespace, bracket: Bracket) -> str | Tensor:
+    """The named weight; with --saturation its table, squeezed to end at that code."""
+    if args.saturation is None:
+        return str(args.weight)
+    largest = largest_code(bracket)
+    if largest == 1:
+        raise InputError(f"--saturation {args.saturation}: is for integer images, {bracket.paths[0]} is a float image")
+    code = torch.arange(largest + 1) / args.saturation
+    inside = (code < 1).float()
+    return inside if args.weight == "uniform" else 2 * torch.minimum(code, 1 - code).clamp_min(0)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _size(path: str) -> str:
+    size = os.path.getsize(path)
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,224 @@
+"""The least squares of Debevec and Malik (SIGGRAPH 1997): a response curve from corresponding pixels of a bracket.
+
+For one channel, sample i seen in frame j at code z_ij, the unknowns are g(z) = ln of the exposure that gives code z,
+and ln E_i, the radiance of sample i. They minimise
+
+      sum_ij w(z_ij)^2 (g(z_ij) - ln E_i - ln t_j)^2
+    + smoothness^2 sum_z w(z)^2 (g(z-1) - 2 g(z) + g(z+1))^2      with g(middle) = 0.
+
+Given g, each ln E_i is a weighted mean, so the thousands of ln E_i are folded out (Schur complement) and one positive
+definite system in the ``levels`` values of g remains:
+
+    (T - sum_i m_i m_i^T / d_i) g = r,      m_i = sum_j w_ij^2 phi_ij,   d_i = sum_j w_ij^2.
+
+phi_ij is the row that reads g at z_ij: one entry for an integer code, two neighbouring ones for a fractional code. T,
+the code counts plus the smoothness rows, has bandwidth two. Only the non-zero products of m_i m_i^T are formed, so no
+matrix of samples ever stands in memory, and the cost is linear in the samples. All sums are float64.
+
+Gradients come from implicit differentiation: with F(g, lnE; theta) = 0 the stationarity condition, dL/dtheta is
+-(adjoint . dF/dtheta), where the adjoint solves the same system with the incoming gradient on the right-hand side; the
+Cholesky factor of the forward pass is used again.
+"""
+
+import torch
+from torch import Tensor
+
+from hdrops.camera.observations import (
+    Observations,
+    check_samples,
+    flatten_batch,
+    scatter,
+    scatter_products,
+    weight_table,
+)
+
+
+class _Rows(Observations):
+    """The rows of the least squares.
+
+    Attributes:
+        square: float64 [B, S, P], squared weight of the row.
+        total: float64 [B, S], d_i: the sum of ``square`` over the frames.
+    """
+
+    def __init__(self, codes: Tensor, table: Tensor, mask: Tensor | None) -> None:
+        super().__init__(codes, table, mask)
+        self.square = self.weight.square()
+        self.total = self.square.sum(-1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Weighted mean of [B, S, P] values over the frames; plain mean for a sample without any weight."""
+        blind = self.total == 0
+        weighted = (self.square * values).sum(-1) / self.total.masked_fill(blind, 1)
+        return torch.where(blind, values.mean(-1), weighted)
+
+
+def add_smoothness(matrix: Tensor, table: Tensor, smoothness: float) -> None:
+    """Adds smoothness^2 sum_z w(z)^2 d_z d_z^T, d_z the second difference at the inner code z, to [B, L, L]."""
+    strength = (smoothness * table[1:-1]).square()
+    stencil = (1.0, -2.0, 1.0)
+    inner = strength.numel()
+    for row, left in enumerate(stencil):
+        for column, right in enumerate(stencil):
+            first = min(row, column)
+            matrix.diagonal(column - row, -2, -1)[:, first : first + inner] += strength * (left * right)
+
+
+def _add_code_counts(matrix: Tensor, rows: _Rows) -> None:
+    """Adds sum_ij w_ij^2 phi_ij phi_ij^T to [B, L, L]: diagonal for integer codes, tridiagonal otherwise."""
+    levels = matrix.shape[-1]
+    diagonal = matrix.diagonal(0, -2, -1)
+    if rows.fraction is None:
+        diagonal += scatter(rows.lower, rows.square, levels)
+        return
+    upper, lower = rows.fraction, 1 - rows.fraction
+    diagonal += scatter(rows.lower, rows.square * lower * lower, levels)
+    diagonal += scatter(rows.lower + 1, rows.square * upper * upper, levels)
+    beside = scatter(rows.lower, rows.square * lower * upper, levels)[:, :-1]
+    matrix.diagonal(1, -2, -1).add_(beside)
+    matrix.diagonal(-1, -2, -1).add_(beside)
+
+
+def _folded_samples(rows: _Rows) -> Tensor:
+    """sum_i m_i m_i^T / d_i: [B, L, L]."""
+    root = rows.total.masked_fill(rows.total == 0, 1).rsqrt().unsqueeze(-1)
+    values = rows.shares(rows.square * root)
+    return scatter_products(rows.codes_read(), values, values, rows.levels)
+
+
+def _factor(rows: _Rows, table: Tensor, smoothness: float) -> Tensor:
+    """Cholesky factor [B, L, L] of the folded system, anchored at the middle code.
+
+    The system is unchanged by a constant added to g, so pinning one value costs nothing and any stiffness is exact.
+    """
+    levels = table.numel()
+    matrix = _folded_samples(rows).neg_()
+    _add_code_counts(matrix, rows)
+    add_smoothness(matrix, table, smoothness)
+    middle = levels // 2
+    matrix[:, middle, middle] += matrix.diagonal(0, -2, -1).mean(-1)
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool((info != 0).any()):
+        raise ValueError(
+            f"solve_debevec: {int((info != 0).sum())} of {info.numel()} systems are singular: no sample is well "
+            "exposed, at different codes, in two frames, so nothing fixes the slope of the curve"
+        )
+    return factor
+
+
+def _solve(rows: _Rows, factor: Tensor, row_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimiser (g [B, L], e [B, S]) of sum w^2 (g(z) - e_i - b)^2 + smoothness, for b [B, S, P]."""
+    residual = rows.square * (row_values - rows.mean(row_values).unsqueeze(-1))
+    curve = torch.cholesky_solve(rows.spread(residual).unsqueeze(-1), factor).squeeze(-1)
+    curve = curve - curve[:, rows.levels // 2, None]
+    return curve, rows.mean(rows.read(curve) - row_values)
+
+
+class _Debevec(torch.autograd.Function):
+    """The solve with its implicit gradient to float codes and log exposures."""
+
+    @staticmethod
+    def forward(codes, log_exposures, table, mask, smoothness):  # type: ignore[no-untyped-def]
+        rows = _Rows(codes, table, mask)
+        factor = _factor(rows, table, smoothness)
+        curve, radiance = _solve(rows, factor, log_exposures.expand(codes.shape))
+        return curve, radiance, factor
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        codes, log_exposures, table, mask, _ = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(codes, log_exposures, table, mask, *output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_curve, grad_radiance, _):  # type: ignore[no-untyped-def]
+        codes, log_exposures, table, mask, curve, radiance, factor = ctx.saved_tensors
+        wanted = [tensor for tensor, need in zip((codes, log_exposures), ctx.needs_input_grad[:2], strict=True) if need]
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in wanted]
+            substitutes = iter(leaves)
+            codes, log_exposures = (
+                next(substitutes) if need else tensor
+                for tensor, need in zip((codes, log_exposures), ctx.needs_input_grad[:2], strict=True)
+            )
+            rows = _Rows(codes, table, mask)
+            log_times = log_exposures.expand(codes.shape)
+            adjoint_curve, adjoint_radiance = _adjoint(rows, factor, grad_curve, grad_radiance)
+            residual = rows.read(curve) - radiance.unsqueeze(-1) - log_times
+            sensitivity = rows.read(adjoint_curve) - adjoint_radiance.unsqueeze(-1)
+            blind = rows.total == 0
+            lagrangian = -(rows.square * residual * sensitivity).sum()
+            # A sample without weight has the plain mean for its radiance, outside the least squares.
+            lagrangian = lagrangian + (residual.mean(-1) * grad_radiance).masked_fill(~blind, 0).sum()
+            gradients = iter(torch.autograd.grad(lagrangian, leaves))
+        return *(next(gradients) if need else None for need in ctx.needs_input_grad[:2]), None, None, None
+
+
+@torch.no_grad()
+def _adjoint(rows: _Rows, factor: Tensor, grad_curve: Tensor, grad_radiance: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves the forward system, unfolded, for the gradient (grad_curve, grad_radiance) on its right-hand side."""
+    blind = rows.total == 0
+    share = grad_radiance.masked_fill(blind, 0) / rows.total.masked_fill(blind, 1)
+    # A blind sample's radiance reads the curve by a plain mean; any other's by the weighted one.
+    per_row = rows.square * share.unsqueeze(-1)
+    per_row = per_row + (grad_radiance.masked_fill(~blind, 0) / rows.lower.shape[-1]).unsqueeze(-1)
+    right = grad_curve + rows.spread(per_row)
+    # g and ln E move together by a constant, removed by subtracting g(middle): that subtraction, transposed.
+    right[:, rows.levels // 2] -= right.sum(-1)
+    curve = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+    radiance = rows.mean(rows.read(curve)).masked_fill(blind, 0) + share
+    return curve, radiance
+
+
+def solve_debevec(
+    codes: Tensor,
+    log_exposures: Tensor,
+    *,
+    smoothness: float,
+    weight: str | Tensor = "debevec",
+    levels: int = 256,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Response curve and radiances from corresponding samples of a bracket (Debevec and Malik 1997).
+
+    Args:
+        codes: [..., S, P], S samples in P frames, e.g. [N, C, S, P]; leading axes are independent systems. Integers in
+            0..levels-1, or real numbers in code units, read between the two neighbouring codes (values beyond the ends
+            count as the ends). OpenCV's order [S, P, C] is ``codes.permute(2, 0, 1)``.
+        log_exposures: [P] or [..., P] broadcast over the leading axes; natural logarithm of seconds, in any order.
+        smoothness: factor of the second differences, entering the row (so squared in the penalty), as in the paper's
+            code and in OpenCV; grow it with sqrt(S), as :func:`hdrops.camera.estimate_crf` does.
+        weight: of a row by its code: "debevec" min(z, max - z), "hat" the same scaled to 1, "gaussian" (Robertson's),
+            "uniform", or a tensor [levels]. Only its shape matters, not its scale.
+        levels: number of codes L.
+        mask: bool, broadcastable to ``codes``; True drops that observation.
+
+    Returns:
+        ``(log_response [..., L], log_radiance [..., S])``: g with g(L // 2) = 0, natural logarithm of relative exposure
+        per code; and ln E relative to the same anchor. Both finite; dtype of ``log_exposures``, computed in float64. A
+        sample that no frame shows with positive weight gets the plain mean over its frames.
+
+    Gradients:
+        To ``log_exposures`` and to real ``codes`` (weights included), by implicit differentiation of the minimum; the
+        derivative at an integer code is the one to its right. None to ``weight``, none of second order.
+
+    Raises:
+        ValueError: shapes, code range, or samples that do not determine a curve. TypeError: dtypes.
+
+    Example:
+        >>> import torch
+        >>> from hdrops.camera import solve_debevec
+        >>> exposure = torch.rand(400, 1, dtype=torch.float64) * 60 * torch.tensor([1.0, 2.0, 4.0])
+        >>> codes = exposure.clamp(max=255).round().long()
+        >>> g, radiance = solve_debevec(codes, torch.tensor([1.0, 2.0, 4.0]).log(), smoothness=30.0)
+        >>> bool((g[50:200].exp() - torch.arange(50, 200) / 128).abs().max() < 0.02)
+        True
+    """
+    check_samples("solve_debevec", codes, log_exposures, smoothness, levels, mask)
+    lead, flat_codes, flat_times, flat_mask = flatten_batch(codes, log_exposures, mask)
+    table = weight_table(weight, levels, codes.device)
+    curve, radiance, _ = _Debevec.apply(flat_codes, flat_times, table, flat_mask, float(smoothness))
+    dtype = log_exposures.dtype
+    return curve.to(dtype).view(*lead, levels), radiance.to(dtype).view(*lead, -1)
