@@ -38,7 +38,17 @@ GEOMETRIES = {
     "eight_offset_groups": Case(n=1, channels=64, out_channels=32, size=(7, 19), offset_groups=8),
     "many_tiles": Case(n=2, channels=16, out_channels=24, size=(37, 41)),
     "large_batch": Case(n=33, channels=3, out_channels=4, size=(4, 5)),
+    "very_wide_channels": Case(n=1, channels=520, out_channels=9, size=(5, 6), offset_groups=4),
+    "many_outputs": Case(n=1, channels=3, out_channels=530, size=(5, 6)),
+    "tall_and_far": Case(n=2, channels=5, out_channels=3, size=(150, 11), reach=40.0),
+    "offset_groups_of_two": Case(channels=6, offset_groups=3),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads) -> None:
+    """Most tensors here are tiny, and threads that wait for tiny work fight over a shared machine."""
+    threads(1)
 
 
 def run(tensors: dict[str, Tensor], case: Case, grad_output: Tensor | None = None) -> dict[str, Tensor]:
@@ -245,8 +255,9 @@ def test_each_subset_of_gradients(wanted: tuple[str, ...]) -> None:
         Case(n=1, channels=16, out_channels=16, size=(61, 67), reach=4.0),
         Case(n=3, channels=16, out_channels=8, size=(33, 35), offset_groups=8, reach=40.0),
         Case(n=1, channels=6, out_channels=6, size=(50, 70), groups=3),
+        Case(n=1, channels=5, out_channels=3, size=(150, 11), reach=40.0),
     ],
-    ids=["one_image", "offset_groups", "groups"],
+    ids=["one_image", "offset_groups", "groups", "tall_and_far"],
 )
 def test_bitwise_equal_for_any_thread_count(case: Case, dtype: torch.dtype, threads) -> None:
     tensors, grad_output = case.tensors(dtype), gradient_like(case, dtype)
@@ -257,6 +268,19 @@ def test_bitwise_equal_for_any_thread_count(case: Case, dtype: torch.dtype, thre
     for other in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "both_groups", "tall_and_far"])
+def test_wide_indices_compute_the_same(name: str, dtype: torch.dtype, monkeypatch) -> None:
+    """The 64-bit path, which an image of more than 2^31 elements takes, on small ones."""
+    case = GEOMETRIES[name]
+    tensors, grad_output = case.tensors(dtype), gradient_like(case, dtype)
+    narrow = run(tensors, case, grad_output)
+    monkeypatch.setenv("HDROPS_INDEX_WIDTH", "64")
+    wide = run(tensors, case, grad_output)
+    for result in narrow:
+        assert torch.equal(wide[result], narrow[result]), result
 
 
 SPECIAL = {

@@ -10,6 +10,7 @@ import hdrops
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.testing import assert_close
 
+
 OP = torch.ops.hdrops.deform_conv2d.default
 BACKWARD = torch.ops.hdrops._deform_conv2d_backward.default
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
