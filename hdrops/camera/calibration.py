@@ -2,10 +2,12 @@
 
 from torch import Tensor
 
+from hdrops.camera.curves import monotone_from_middle
 from hdrops.camera.debevec import solve_debevec
+from hdrops.camera.robertson import solve_robertson
 from hdrops.camera.sampling import LEVELS, check_stack, sample_stack
 
-METHODS = ("debevec",)
+METHODS = {"debevec": solve_debevec, "robertson": solve_robertson}
 
 
 def estimate_crf(
@@ -24,7 +26,7 @@ def estimate_crf(
         stack: [N, P, C, H, W], P >= 2 frames: uint8, uint16, or floating point in [0, 1]. Values deeper than 8 bits are
             not rounded: they are read between the two neighbouring of 256 codes.
         log_exposures: [P] or [N|1, P], natural logarithm of seconds, frames in any order.
-        method: "debevec" (:func:`solve_debevec`).
+        method: "debevec" (:func:`solve_debevec`) or "robertson" (:func:`solve_robertson`).
         samples: pixels drawn per image; all where there are fewer.
         smoothness: of the curve, see :func:`solve_debevec`. None: 20 * sqrt(samples drawn / 150). A fixed one gets
             worse with more samples, since data rows grow in number and smoothness rows do not.
@@ -32,9 +34,10 @@ def estimate_crf(
         seed: of the draw of samples.
 
     Returns:
-        [N, C, 256], relative exposure per code, 1 at code 128, positive and finite at every code; dtype of
-        ``log_exposures``. :func:`hdrops.merge_exposures` takes it for the same stack. Codes without data
-        follow from smoothness. Saturated and black codes have weight zero.
+        [N, C, 256], relative exposure per code, 1 at code 128, positive, finite and non-decreasing; dtype of
+        ``log_exposures``. :func:`hdrops.merge_exposures` takes it for the same stack. Saturated and black codes have
+        weight zero; codes without data follow from smoothness. Where noise makes the solution fall, it is held
+        (:func:`hdrops.camera.monotone_from_middle`).
 
     Gradients:
         "debevec": to floating-point stacks and to ``log_exposures``.
@@ -55,7 +58,7 @@ def estimate_crf(
     """
     check_stack("estimate_crf", stack, log_exposures, mask)
     if method not in METHODS:
-        raise ValueError(f"estimate_crf: method must be one of {METHODS}, got {method!r}")
+        raise ValueError(f"estimate_crf: method must be one of {tuple(METHODS)}, got {method!r}")
     batch, frames, channels = stack.shape[:3]
     if batch * channels == 0:
         return log_exposures.new_zeros(batch, channels, LEVELS)
@@ -63,5 +66,5 @@ def estimate_crf(
     if smoothness is None:
         smoothness = 20 * (codes.shape[-2] / 150) ** 0.5
     log_times = log_exposures.to(stack.device).expand(batch, frames).unsqueeze(1)
-    log_response, _ = solve_debevec(codes, log_times, smoothness=smoothness, mask=excluded)
-    return log_response.exp()
+    log_response, _ = METHODS[method](codes, log_times, smoothness=smoothness, mask=excluded)
+    return monotone_from_middle(log_response).exp()
