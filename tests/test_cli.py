@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdrops import _align, _exposures, _merge_command, cli, demo
+from hdrops import _align, _exposures, _merge_command, _operator_cases, cli, demo
 from hdrops.camera import load_response
 from hdrops.io import read_image, write_image
 
@@ -65,8 +65,13 @@ def refuses(capsys, output: Path, message: str, *words: object) -> None:
     assert sorted(output.parent.iterdir()) == before
 
 
-def log_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(min(np.corrcoef(np.log(a[..., c]).ravel(), np.log(b[..., c]).ravel())[0, 1] for c in range(3)))
+def log_correlation(radiance: np.ndarray, truth: np.ndarray) -> float:
+    """Of the worst channel, over the pixels that do not clip in every frame."""
+    worst = 1.0
+    for a, b in zip(np.moveaxis(radiance, -1, 0), np.moveaxis(truth, -1, 0), strict=True):
+        shown = b * min(TIMES) < 0.9
+        worst = min(worst, float(np.corrcoef(np.log(a[shown]), np.log(b[shown]))[0, 1]))
+    return worst
 
 
 # What it writes.
@@ -158,20 +163,21 @@ def test_16_bit_and_float_frames(capsys, tmp_path, bracket):
         code, out, err = run(capsys, "merge", *names, "--times", "1/64,1/8,1", "-o", tmp_path / "a.exr")
         assert (code, err) == (0, "") and f"{method} response" in out
         assert log_correlation(read_image(tmp_path / "a.exr"), truth) > 0.9995
-    assert np.allclose(read_image(tmp_path / "a.exr"), truth, rtol=1e-4)
+    shown = truth * min(TIMES) < 1
+    assert np.allclose(read_image(tmp_path / "a.exr")[shown], truth[shown], rtol=1e-4)
 
 
 def test_the_mask_colour_is_no_data(capsys, tmp_path, bracket, frames):
     for index in range(3):
         pixels = read_image(frames[index]).copy()
-        pixels[10 * index : 10 * index + 8, 20:30] = (0, 0, 255)
+        pixels[10 * index : 10 * index + 8, 20:30] = (40, 90, 200)
         write_image(tmp_path / f"{index}.png", pixels)
     truth = read_image(bracket / "truth.exr")
     names = [tmp_path / f"{index}.png" for index in range(3)]
     common = ["merge", *names, "--times", "1/64,1/8,1", "--no-preview", "-o", tmp_path / "a.exr"]
     run(capsys, *common)
     assert log_correlation(read_image(tmp_path / "a.exr"), truth) < 0.99
-    run(capsys, *common, "--mask-color", "0,0,255")
+    run(capsys, *common, "--mask-color", "40,90,200")
     assert log_correlation(read_image(tmp_path / "a.exr"), truth) > 0.995
 
 
@@ -202,7 +208,7 @@ def test_alignment_finds_planted_shifts(capsys, tmp_path):
     truth = read_image(tmp_path / "large" / "truth.exr")[20 + 3 : 140 - 6, 20 + 8 : 220 - 5]
     radiance = read_image(tmp_path / "a.exr")
     assert radiance.shape == (120 - 9, 200 - 13, 3)
-    assert max(log_correlation(radiance, truth[dy:, dx:][:111, :187]) for dy in (0,) for dx in (0,)) > 0.999
+    assert log_correlation(radiance, truth) > 0.999
 
 
 def test_shifts_crop_to_what_all_frames_show():
@@ -319,6 +325,7 @@ def test_exposures_from_a_list(capsys, tmp_path, bracket, kind):
 def test_the_list_column_is_obeyed(capsys, tmp_path, bracket):
     (bracket / "times.txt").write_text(LISTS["seconds"].format("frame_0.png", "frame_1.png", "frame_2.png"))
     command = ["merge", "--list", bracket / "times.txt", "--list-column", "inverse", "-v", "-o", tmp_path / "a.exr"]
+    command += ["--response", "linear"]
     code, _, err = run(capsys, *command)
     assert code == 0 and re.findall(r"frame_\d\.png: (.*)", err) == ["64 s", "8 s", "1 s"]
     assert "the brighter images have the shorter exposures" in err
@@ -578,7 +585,7 @@ def test_usage_errors(capsys, words):
 def test_the_demo(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "_memorial_folder", lambda: None)
-    monkeypatch.setattr(demo, "cases", lambda: demo._operator_cases.cases(32, 48))
+    monkeypatch.setattr(demo, "cases", lambda: _operator_cases.cases(32, 48))
     assert demo.main() == 0
     out = capsys.readouterr().out
     assert all(float(value) > 0.999 for value in re.findall(r"correlation of log radiance (\S+),", out))
