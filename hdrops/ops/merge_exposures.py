@@ -1,13 +1,18 @@
 """merge_exposures: a bracket of photographs to one radiance map (OP-10)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hdrops import _backends
+from hdrops.ops import _common
 from hdrops.reference import merge_exposures as _reference
 
-_BACKENDS: dict[str, _backends.CanRun] = {"reference": _backends.can_run_reference}
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CAN_RUN: dict[str, _backends.CanRun] = {
+    "cpu": _backends.can_run_cpu,
+    "reference": _backends.can_run_reference,
+}
 
 
 def merge_exposures(
@@ -73,11 +78,23 @@ def merge_exposures(
     Source: Debevec and Malik, "Recovering High Dynamic Range Radiance Maps from Photographs", 1997, equation 6; Kim et
     al., "End-to-End Differentiable Learning to HDR Image Synthesis for Multi-exposure Images", 2021, for the fallback.
     """
+    op = "merge_exposures"
     _check(stack, log_exposures, curve, weight, mask)
-    _backends.choose("merge_exposures", stack, backend, _BACKENDS)
-    return _reference.merge_exposures(
-        stack, log_exposures, curve, weight=weight, mask=mask, fallback=fallback
+    if stack.dtype in _common.HALF_DTYPES and _common.autocast_dtype(stack) is not None:
+        stack = stack.float()
+    if _backends.choose(op, stack, backend, _CAN_RUN) == "reference":
+        return _reference.merge_exposures(stack, log_exposures, curve, weight=weight, mask=mask, fallback=fallback)
+    _backends.refuse_forward_ad(op, stack, log_exposures, curve)
+    dtype = _reference.accumulation_dtype(stack, curve)
+    if curve is not None:
+        curve = curve.to(dtype).reshape((1, 1, -1) if curve.dim() == 1 else curve.shape)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.detach().to(dtype)
+    table = _reference.weight_table(weight, stack.device, dtype)
+    radiance: Tensor = torch.ops.hdrops.merge_exposures.default(
+        stack, log_exposures.to(dtype), curve, table, mask, fallback
     )
+    return radiance
 
 
 def _check(
@@ -85,7 +102,7 @@ def _check(
 ) -> None:
     """Everything that shapes, dtypes and devices can tell."""
     op = "merge_exposures"
-    if stack.dtype not in (*_FLOATING, *_reference.LEVELS):
+    if stack.dtype not in (*_common.FLOATING_DTYPES, *_reference.LEVELS):
         raise TypeError(
             f"{op}: stack must be float32, float64, bfloat16, float16, uint8 or uint16, got {stack.dtype}"
         )
@@ -133,3 +150,85 @@ def _check_table(name: str, table: Tensor) -> None:
         raise TypeError(f"merge_exposures: {name} must be floating, got {table.dtype}")
     if table.dim() == 0 or table.shape[-1] < 1:
         raise ValueError(f"merge_exposures: {name} must have at least one entry, got shape {list(table.shape)}")
+
+
+@torch.library.register_fake("hdrops::merge_exposures")
+def _fake(
+    stack: Tensor, log_exposures: Tensor, curve: Tensor | None, weight: Tensor, mask: Tensor | None, fallback: bool
+) -> Tensor:
+    n, _, c, h, w = stack.shape
+    dtype = log_exposures.dtype if stack.dtype in _reference.LEVELS else stack.dtype
+    layout = torch.channels_last if _reference.is_interleaved(stack) else torch.contiguous_format
+    return torch.empty((n, c, h, w), dtype=dtype, device=stack.device, memory_format=layout)
+
+
+@torch.library.register_fake("hdrops::_merge_exposures_backward")
+def _fake_backward(
+    grad_output: Tensor,
+    stack: Tensor,
+    log_exposures: Tensor,
+    curve: Tensor | None,
+    weight: Tensor,
+    mask: Tensor | None,
+    fallback: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    wants_stack, wants_times, wants_curve = output_mask
+    grad_stack = grad_output.new_empty(0)
+    if wants_stack and stack.is_floating_point():
+        n, p, c, h, w = stack.shape
+        interleaved = _reference.is_interleaved(stack)
+        grad_stack = stack.new_empty((n, p, h, w, c)).movedim(-1, 2) if interleaved else stack.new_empty(stack.shape)
+    grad_times = log_exposures.new_empty(log_exposures.shape if wants_times else 0)
+    grad_curve = log_exposures.new_empty(curve.shape if wants_curve and curve is not None else 0)
+    return grad_stack, grad_times, grad_curve
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    stack, log_exposures, curve, weight, mask, ctx.fallback = inputs
+    ctx.save_for_backward(stack, log_exposures, curve, weight, mask)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.hdrops._merge_exposures_backward.default(
+        grad_output, *ctx.saved_tensors, ctx.fallback, wanted
+    )
+    return (*_common.none_if_unwanted(gradients, wanted), None, None, None)
+
+
+torch.library.register_autograd("hdrops::merge_exposures", _backward, setup_context=_setup_context)
+_common.refuse_double_backward("_merge_exposures_backward")
+
+
+@torch.library.register_vmap("hdrops::merge_exposures")
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    stack: Tensor,
+    log_exposures: Tensor,
+    curve: Tensor | None,
+    weight: Tensor,
+    mask: Tensor | None,
+    fallback: bool,
+) -> tuple[Tensor, int]:
+    """The mapped dimension becomes part of the batch."""
+    if in_dims[3] is not None:
+        raise NotImplementedError("merge_exposures: vmap over weight is not supported; map over the other inputs")
+    batch = stack.shape[0] if in_dims[0] is None else stack.movedim(in_dims[0], 0).shape[1]
+
+    def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None or (dim is None and tensor.shape[0] == 1 and tensor is not stack):
+            return tensor
+        mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return mapped.expand(-1, batch, *mapped.shape[2:]).flatten(0, 1)
+
+    radiance = torch.ops.hdrops.merge_exposures.default(
+        fold(stack, in_dims[0]),
+        fold(log_exposures, in_dims[1]),
+        fold(curve, in_dims[2]),
+        weight,
+        fold(mask, in_dims[4]),
+        fallback,
+    )
+    return radiance.unflatten(0, (info.batch_size, batch)), 0
