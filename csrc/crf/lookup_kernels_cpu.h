@@ -46,13 +46,15 @@ HDROPS_HD int64_t lookup(const LookupParams& p, const Run& run, const A* table, 
   const In* input = static_cast<const In*>(p.input) + run.offset;
   Out* output = static_cast<Out*>(p.output) + run.offset;
   auto curves = lane_curves<N>(p, run, i);
+  [[maybe_unused]] const bool one_curve = p.layout.width == 1;
+  [[maybe_unused]] const A last = A(p.levels - 1);
   for (; i + N <= end; i += N, curves.advance()) {
     vec<A, N> y;
     if constexpr (kIsCode<In>) {
-      y = gather<N>(table, __builtin_convertvector(load<N>(input + i), vec<int32_t, N>) + curves.begin);
+      y = one_curve ? gather_at<N>(table, input + i) : gather<N>(table, load_codes<N>(input + i) + curves.begin);
     } else {
       auto x = load_wide<N>(input + i);
-      auto at = locate<Linear, N>(x, A(p.levels - 1));
+      auto at = locate<Linear, N>(x, last);
       if constexpr (Linear) {
         vec<A, N> value, delta;
         gather_pairs<N>(table, at.index + curves.begin, value, delta);
@@ -98,25 +100,26 @@ HDROPS_HD int64_t lookup_backward(const LookupParams& p, const Run& run, const A
                                   int64_t i, int64_t end, bool stream) {
   const In* input = static_cast<const In*>(p.input) + run.offset;
   const Out* grad_output = static_cast<const Out*>(p.grad_output) + run.offset;
+  [[maybe_unused]] Out* grad_input = p.grad_input == nullptr ? nullptr : static_cast<Out*>(p.grad_input) + run.offset;
+  [[maybe_unused]] const A last = A(p.levels - 1);
   auto curves = lane_curves<N>(p, run, i);
   auto copy = lane_copies<N>(copies);
   for (; i + N <= end; i += N, curves.advance()) {
     auto g = load_wide<N>(grad_output + i);
     if constexpr (kIsCode<In>) {
-      auto bin = __builtin_convertvector(load<N>(input + i), vec<int32_t, N>) + curves.begin;
+      auto bin = load_codes<N>(input + i) + curves.begin;
       add_to_bins<N>(bins, bin * copies + copy, g);
     } else {
       auto x = load_wide<N>(input + i);
-      auto at = locate<Linear, N>(x, A(p.levels - 1));
+      auto at = locate<Linear, N>(x, last);
       auto bin = at.index + curves.begin;
-      if (p.grad_input != nullptr) {
-        Out* grad_input = static_cast<Out*>(p.grad_input) + run.offset + i;
+      if (grad_input != nullptr) {
         auto inside = (x >= splat<N>(A(0))) & (x <= splat<N>(A(1)));
         auto gx = inside ? g * gather<N>(slopes, bin) : vec<A, N>{};
         if (stream) {
-          store_streaming<N>(grad_input, gx);
+          store_streaming<N>(grad_input + i, gx);
         } else {
-          store_narrow<N>(grad_input, gx);
+          store_narrow<N>(grad_input + i, gx);
         }
       }
       if (bins != nullptr) {

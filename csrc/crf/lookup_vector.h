@@ -11,7 +11,28 @@ HDROPS_HD __m512 gather512(const float* table, __m512i index) {
 }
 #endif
 
-// table[index]. On AVX2 machines scalar loads beat the gather instruction; AVX-512 machines take theirs.
+#if defined(HDROPS_HAVE_AVX2)
+HDROPS_HD __m128 load_two(const float* table, uint32_t a, uint32_t b) {
+  return _mm_unpacklo_ps(_mm_load_ss(table + a), _mm_load_ss(table + b));
+}
+#endif
+
+// table[at[0]], table[at[1]], ...: scalar loads, which beat the gather instruction on AVX2 machines.
+template <int N, class T, class Index>
+HDROPS_HD vec<T, N> gather_at(const T* table, const Index* at) {
+#if defined(HDROPS_HAVE_AVX2)
+  if constexpr (N == 8 && sizeof(T) == 4) {
+    __m128 low = _mm_movelh_ps(load_two(table, at[0], at[1]), load_two(table, at[2], at[3]));
+    __m128 high = _mm_movelh_ps(load_two(table, at[4], at[5]), load_two(table, at[6], at[7]));
+    return bit_cast_vec<vec<T, N>>(_mm256_set_m128(high, low));
+  }
+#endif
+  vec<T, N> value{};
+  for (int lane = 0; lane < N; ++lane) value[lane] = table[at[lane]];
+  return value;
+}
+
+// table[index].
 template <int N, class T>
 HDROPS_HD vec<T, N> gather(const T* table, vec<int32_t, N> index) {
 #if defined(HDROPS_HAVE_AVX512)
@@ -19,18 +40,16 @@ HDROPS_HD vec<T, N> gather(const T* table, vec<int32_t, N> index) {
     return bit_cast_vec<vec<T, N>>(gather512<4>(table, bit_cast_vec<__m512i>(index)));
   }
 #endif
-  int32_t at[N];
-  store<N>(at, index);
-  vec<T, N> value;
-  for (int lane = 0; lane < N; ++lane) value[lane] = table[at[lane]];
-  return value;
+  uint32_t at[N];
+  store<N>(at, bit_cast_vec<vec<uint32_t, N>>(index));
+  return gather_at<N>(table, at);
 }
 
 // (first, second) = table[index] of a table of pairs.
 template <int N, class T>
 HDROPS_HD void gather_pairs(const T* table, vec<int32_t, N> index, vec<T, N>& first, vec<T, N>& second) {
-  int32_t at[N];
-  store<N>(at, index);
+  uint32_t at[N];
+  store<N>(at, bit_cast_vec<vec<uint32_t, N>>(index));
 #if defined(HDROPS_HAVE_AVX512)
   if constexpr (N == 16 && sizeof(T) == 4) {
     first = bit_cast_vec<vec<T, N>>(gather512<8>(table, bit_cast_vec<__m512i>(index)));
@@ -56,6 +75,16 @@ HDROPS_HD void gather_pairs(const T* table, vec<int32_t, N> index, vec<T, N>& fi
     first[lane] = table[2 * int64_t(at[lane])];
     second[lane] = table[2 * int64_t(at[lane]) + 1];
   }
+}
+
+// Codes as indices. GCC converts eight bytes one by one unless it is led through 16 bits.
+template <int N>
+HDROPS_HD vec<int32_t, N> load_codes(const uint8_t* codes) {
+  return __builtin_convertvector(__builtin_convertvector(load<N>(codes), vec<uint16_t, N>), vec<int32_t, N>);
+}
+template <int N>
+HDROPS_HD vec<int32_t, N> load_codes(const uint16_t* codes) {
+  return __builtin_convertvector(load<N>(codes), vec<int32_t, N>);
 }
 
 // a * b - c. In float the product is not rounded, so that the fraction of a large position keeps all its bits.
@@ -120,11 +149,11 @@ struct LaneCurves {
   vec<int32_t, N> begin, step, all;
 
   HDROPS_HD LaneCurves(int64_t first_channel, int64_t width, int64_t levels) {
-    for (int lane = 0; lane < N; ++lane) {
-      begin[lane] = int32_t((first_channel + lane) % width * levels);
-      step[lane] = int32_t(N % width * levels);
-      all[lane] = int32_t(width * levels);
-    }
+    int32_t begins[N];
+    for (int lane = 0; lane < N; ++lane) begins[lane] = int32_t((first_channel + lane) % width * levels);
+    begin = load<N>(begins);
+    step = splat<N>(int32_t(N % width * levels));
+    all = splat<N>(int32_t(width * levels));
   }
 
   HDROPS_HD void advance() {
@@ -137,8 +166,8 @@ struct LaneCurves {
 // thousands of times, and in float every addition would err to the same side.
 template <int N, class V>
 HDROPS_HD void add_to_bins(double* bins, vec<int32_t, N> bin, V value) {
-  int32_t at[N];
-  store<N>(at, bin);
+  uint32_t at[N];
+  store<N>(at, bit_cast_vec<vec<uint32_t, N>>(bin));
 #pragma GCC unroll 16
   for (int lane = 0; lane < N; ++lane) bins[at[lane]] += double(value[lane]);
 }
@@ -146,9 +175,9 @@ HDROPS_HD void add_to_bins(double* bins, vec<int32_t, N> bin, V value) {
 // The same for bins of two sums.
 template <int N>
 HDROPS_HD void add_to_bins(double* bins, vec<int32_t, N> bin, vec<float, N> first, vec<float, N> second) {
-  int32_t at[N];
+  uint32_t at[N];
   uint64_t pairs[N];  // second above first: as two floats in memory, first before second
-  store<N>(at, bin);
+  store<N>(at, bit_cast_vec<vec<uint32_t, N>>(bin));
   using Bits = vec<uint32_t, N>;
   using Wide = vec<uint64_t, N>;
   store<N>(pairs, __builtin_convertvector(bit_cast_vec<Bits>(first), Wide) |
@@ -178,9 +207,9 @@ HDROPS_HD int32_t copies_of_bins(int64_t sums) { return sums * 4 <= kLocalSums ?
 
 template <int N>
 HDROPS_HD vec<int32_t, N> lane_copies(int32_t copies) {
-  vec<int32_t, N> copy;
+  int32_t copy[N];
   for (int lane = 0; lane < N; ++lane) copy[lane] = lane % copies;
-  return copy;
+  return load<N>(copy);
 }
 
 // Folds the copies of `bins` bins of `sums` sums into `target`.
