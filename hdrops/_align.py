@@ -4,7 +4,7 @@ Compositing High Dynamic Range Photographs from Handheld Exposures", 2003).
 Two frames cut at the same percentile of their codes show the same bitmap, whatever their exposure. Ward cuts at the
 median; here the percentile is the one at which both frames are best exposed, since in a wide bracket the median of the
 short frames is black. Pixels near the threshold do not count. The shift that makes the bitmaps differ least is found
-from coarse to fine, one bit a level. Each frame is compared with its neighbour in exposure, and the shifts add up from
+from coarse to fine, downhill. Each frame is compared with its neighbour in exposure, and the shifts add up from
 the middle exposure outwards; rotation is not corrected.
 
 What not all frames show after the shifts is cropped.
@@ -21,6 +21,8 @@ from hdrops.io import InputError, Pixels, need
 
 T = TypeVar("T", bound=np.generic)
 Shift = tuple[int, int]
+# Above the threshold or not, and whether that is certain.
+Bitmap = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 # Shifts of up to about 2^6 pixels are found.
 _LEVELS = 6
@@ -86,9 +88,25 @@ def shift_between(reference: NDArray[np.uint8], moving: NDArray[np.uint8]) -> Sh
     x = y = 0
     for level in range(len(pyramids[0]) - 1, -1, -1):
         bitmaps = _bitmap(pyramids[0][level], cut), _bitmap(pyramids[1][level], cut)
-        nearby = [(2 * x + dx, 2 * y + dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        x, y = min(nearby, key=lambda shift: (_disagreement(*bitmaps, *shift), abs(shift[0]) + abs(shift[1])))
+        x, y = _descend(bitmaps, 2 * x, 2 * y)
     return (x, y) if _disagreement(*bitmaps, x, y) < _disagreement(*bitmaps, 0, 0) else (0, 0)
+
+
+def _descend(bitmaps: tuple[Bitmap, Bitmap], x: int, y: int) -> Shift:
+    """The shift near (x, y) at which the bitmaps differ less than at all eight around it."""
+    known: dict[Shift, float] = {}
+
+    def cost(shift: Shift) -> tuple[float, int]:
+        if shift not in known:
+            known[shift] = _disagreement(*bitmaps, *shift)
+        return known[shift], abs(shift[0]) + abs(shift[1])
+
+    best = (x, y)
+    while True:
+        x, y = best
+        best = min(((x + dx, y + dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1)), key=cost)
+        if best == (x, y):
+            return best
 
 
 def _grey(frame: Pixels) -> NDArray[np.uint8]:
@@ -110,22 +128,18 @@ def _common_percentile(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float | No
     return float(percentiles[best]) if room[best] >= _ROOM else None
 
 
-def _bitmap(frame: NDArray[np.uint8], percentile: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Above the percentile or not, and whether that is certain."""
+def _bitmap(frame: NDArray[np.uint8], percentile: float) -> Bitmap:
     threshold = float(np.percentile(frame, percentile))
     return frame > threshold, (frame < threshold - _MARGIN) | (frame > threshold + _MARGIN)
 
 
-def _disagreement(
-    reference: tuple[NDArray[np.bool_], NDArray[np.bool_]],
-    moving: tuple[NDArray[np.bool_], NDArray[np.bool_]],
-    x: int,
-    y: int,
-) -> float:
-    """Share of the certain pixels that differ where the frames overlap, ``moving`` shifted by (x, y)."""
+def _disagreement(reference: Bitmap, moving: Bitmap, x: int, y: int) -> float:
+    """Share of the certain pixels that differ where the frames overlap, ``moving`` shifted by (x, y); 1 if nowhere."""
     height, width = reference[0].shape
+    if abs(x) >= width or abs(y) >= height:
+        return 1.0
     here = np.s_[max(0, y) : height + min(0, y), max(0, x) : width + min(0, x)]
     there = np.s_[max(0, -y) : height + min(0, -y), max(0, -x) : width + min(0, -x)]
     certain = reference[1][here] & moving[1][there]
     differ = (reference[0][here] ^ moving[0][there]) & certain
-    return int(differ.sum()) / max(1, int(certain.sum()))
+    return int(differ.sum()) / int(certain.sum()) if certain.any() else 1.0

@@ -117,8 +117,9 @@ def recover(bracket: Bracket, method: str, args: argparse.Namespace) -> Tensor:
     if args.saturation is not None:
         clipped = torch.from_numpy((bracket.frames >= args.saturation).any(-1))[None, :, None]
         mask = clipped if mask is None else mask | clipped
+    named = f"{bracket.paths[0]} ... {bracket.paths[-1]}"
     try:
-        return estimate_crf(
+        curve = estimate_crf(
             bracket.stack,
             bracket.log_exposures,
             method=method,
@@ -128,7 +129,10 @@ def recover(bracket: Bracket, method: str, args: argparse.Namespace) -> Tensor:
             seed=args.seed,
         )
     except ValueError as error:
-        raise InputError(f"{bracket.paths[0]} ... {bracket.paths[-1]}: no response recovered: {error}") from error
+        raise InputError(f"{named}: no response recovered: {error}") from error
+    if not bool((curve[..., 224] > curve[..., 32]).all()):
+        raise InputError(f"{named}: no response recovered: the exposures contradict the images, or they show too little")
+    return curve
 
 
 def load(path: str) -> Tensor:

@@ -103,9 +103,9 @@ def merge(bracket: Bracket, curve: Tensor | None, *, weight: str | Tensor, devic
         strip = np.s_[..., top : top + rows, :]
         keep = None if mask is None else ~mask[strip].to(device)
         merged = merge_exposures(stack[strip].to(device), log_exposures, curve, weight=weight, mask=keep)
+        if not bool(merged.isfinite().all()):
+            raise RuntimeError("merge_exposures gave values that are not finite")
         radiance[top : top + rows] = merged[0].permute(1, 2, 0)
-    if not bool(radiance.isfinite().all()):
-        raise RuntimeError("merge_exposures gave values that are not finite")
     return radiance.numpy()
 
 
