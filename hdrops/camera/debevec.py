@@ -61,7 +61,7 @@ def add_smoothness(matrix: Tensor, table: Tensor, smoothness: float) -> None:
     for row, left in enumerate(stencil):
         for column, right in enumerate(stencil):
             first = min(row, column)
-            matrix.diagonal(column - row, -2, -1)[:, first : first + inner] += strength * (left * right)
+            matrix.diagonal(column - row, -2, -1)[:, first : first + inner].add_(strength, alpha=left * right)
 
 
 def _add_code_counts(matrix: Tensor, rows: _Rows) -> None:
