@@ -338,8 +338,8 @@ def test_errors_say_what_is_wrong(change: dict, kind: type[Exception], message: 
 def test_a_large_solve_stays_small_in_memory() -> None:
     """16,000 samples x 16 frames x 3 channels raise the process's peak by less than 500 MB."""
     log_times = torch.linspace(-7, 4, 16)
-    radiance = torch.randn(3, 16000, 1, generator=torch.Generator().manual_seed(0)) * 3
-    codes = ((radiance + log_times).exp() * 20).clamp(0, 255).to(torch.uint8)
+    radiance = torch.randn(16000, 1, 3, generator=torch.Generator().manual_seed(0)) * 3
+    codes = ((radiance + log_times[:, None]).exp() * 20).clamp(0, 255).to(torch.uint8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     solve_debevec(codes, log_times, smoothness=200.0)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 500 * 1024

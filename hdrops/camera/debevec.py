@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from hdrops.camera.observations import (
+    Layout,
     Observations,
     check_samples,
-    flatten_batch,
     scatter,
     scatter_products,
     weight_table,
@@ -61,7 +61,7 @@ def add_smoothness(matrix: Tensor, table: Tensor, smoothness: float) -> None:
     for row, left in enumerate(stencil):
         for column, right in enumerate(stencil):
             first = min(row, column)
-            matrix.diagonal(column - row, -2, -1)[:, first : first + inner] += strength * (left * right)
+            matrix.diagonal(column - row, -2, -1)[:, first : first + inner].add_(strength, alpha=left * right)
 
 
 def _add_code_counts(matrix: Tensor, rows: _Rows) -> None:
@@ -185,9 +185,9 @@ def solve_debevec(
     """Response curve and radiances from corresponding samples of a bracket (Debevec and Malik 1997).
 
     Args:
-        codes: [..., S, P], S samples in P frames, e.g. [N, C, S, P]; leading axes are independent systems. Integers in
-            0..levels-1, or real numbers in code units, read between the two neighbouring codes (values beyond the ends
-            count as the ends). OpenCV's order [S, P, C] is ``codes.permute(2, 0, 1)``.
+        codes: [S, P], S samples in P frames, or [..., S, P, C] with C channels, solved each alone, and leading axes for
+            batches. Integers in 0..levels-1, or real numbers in code units, read between the two neighbouring codes
+            (values beyond the ends count as the ends).
         log_exposures: [P] or [..., P] broadcast over the leading axes; natural logarithm of seconds, in any order.
         smoothness: factor of the second differences, entering the row (so squared in the penalty), as in the paper's
             code and in OpenCV; grow it with sqrt(S), as :func:`hdrops.camera.estimate_crf` does.
@@ -197,9 +197,10 @@ def solve_debevec(
         mask: bool, broadcastable to ``codes``; True drops that observation.
 
     Returns:
-        ``(log_response [..., L], log_radiance [..., S])``: g with g(L // 2) = 0, natural logarithm of relative exposure
-        per code; and ln E relative to the same anchor. Both finite; dtype of ``log_exposures``, computed in float64. A
-        sample that no frame shows with positive weight gets the plain mean over its frames.
+        ``(log_response [..., L, C], log_radiance [..., S, C])``, without C for codes [S, P]: g with g(L // 2) = 0,
+        natural logarithm of relative exposure per code; and ln E relative to the same anchor. Both finite; dtype of
+        ``log_exposures``, computed in float64. A sample that no frame shows with positive weight gets the plain mean
+        over its frames.
 
     Gradients:
         To ``log_exposures`` and to real ``codes`` (weights included), by implicit differentiation of the minimum; the
@@ -218,8 +219,10 @@ def solve_debevec(
         True
     """
     check_samples("solve_debevec", codes, log_exposures, smoothness, levels, mask)
-    lead, flat_codes, flat_times, flat_mask = flatten_batch(codes, log_exposures, mask)
+    layout = Layout(codes, log_exposures)
+    excluded = None if mask is None else layout.systems(mask)
     table = weight_table(weight, levels, codes.device)
-    curve, radiance, _ = _Debevec.apply(flat_codes, flat_times, table, flat_mask, float(smoothness))
-    dtype = log_exposures.dtype
-    return curve.to(dtype).view(*lead, levels), radiance.to(dtype).view(*lead, -1)
+    curve, radiance, _ = _Debevec.apply(
+        layout.systems(codes), layout.times(log_exposures), table, excluded, float(smoothness)
+    )
+    return layout.result(curve, log_exposures.dtype), layout.result(radiance, log_exposures.dtype)

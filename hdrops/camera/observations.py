@@ -137,9 +137,12 @@ class Observations:
 def check_samples(
     name: str, codes: Tensor, log_exposures: Tensor, smoothness: float, levels: int, mask: Tensor | None
 ) -> None:
-    """Raises ValueError or TypeError unless codes [..., S, P], log_exposures [..., P] and the options are usable."""
-    if codes.dim() < 2 or codes.shape[-1] == 0:
-        raise ValueError(f"{name}: codes must be [..., samples, frames], got shape {list(codes.shape)}")
+    """Raises ValueError or TypeError unless codes, [S, P] or [..., S, P, C], fit the other arguments."""
+    if codes.dim() < 2:
+        raise ValueError(
+            f"{name}: codes must be [samples, frames] or [..., samples, frames, channels], "
+            f"got shape {list(codes.shape)}"
+        )
     if codes.is_complex() or codes.dtype == torch.bool:
         raise TypeError(f"{name}: codes must be integers or real, got {codes.dtype}")
     if not log_exposures.is_floating_point():
@@ -148,11 +151,11 @@ def check_samples(
         raise ValueError(f"{name}: levels must be at least 4, got {levels}")
     if not 0 < smoothness < float("inf"):
         raise ValueError(f"{name}: smoothness must be positive and finite, got {smoothness}")
-    frames = codes.shape[-1]
-    if log_exposures.dim() < 1 or log_exposures.shape[-1] != frames:
+    frames = codes.shape[1] if codes.dim() == 2 else codes.shape[-2]
+    if frames == 0 or log_exposures.dim() < 1 or log_exposures.shape[-1] != frames:
         raise ValueError(
-            f"{name}: log_exposures must end in the {frames} frames of codes [..., samples, frames] = "
-            f"{list(codes.shape)}, got shape {list(log_exposures.shape)}"
+            f"{name}: log_exposures must end in the {frames} frames of codes ([samples, frames] or "
+            f"[..., samples, frames, channels], here {list(codes.shape)}), got shape {list(log_exposures.shape)}"
         )
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool (True excludes), got {mask.dtype}")
@@ -165,14 +168,28 @@ def check_samples(
             raise ValueError(f"{name}: codes must lie in 0..levels-1 = 0..{levels - 1}, got {low}..{high}")
 
 
-def flatten_batch(
-    codes: Tensor, log_exposures: Tensor, mask: Tensor | None
-) -> tuple[torch.Size, Tensor, Tensor, Tensor | None]:
-    """Leading axes [...]; with them as one axis B: codes [B, S, P], exposures [B, 1, P] in float64, mask [B, S, P]."""
-    lead = torch.broadcast_shapes(codes.shape[:-2], log_exposures.shape[:-1])
-    samples, frames = codes.shape[-2:]
-    batch = lead.numel()
-    flat_codes = codes.expand(*lead, samples, frames).reshape(batch, samples, frames)
-    flat_times = log_exposures.double().expand(*lead, frames).reshape(batch, 1, frames)
-    flat_mask = None if mask is None else mask.expand(*lead, samples, frames).reshape(batch, samples, frames)
-    return lead, flat_codes, flat_times, flat_mask
+class Layout:
+    """How the caller's codes [..., S, P, C] or [S, P] stand as independent systems [B, S, P], and results back."""
+
+    def __init__(self, codes: Tensor, log_exposures: Tensor) -> None:
+        self.single = codes.dim() == 2
+        samples, frames = codes.shape[:2] if self.single else codes.shape[-3:-1]
+        channels = 1 if self.single else codes.shape[-1]
+        self.lead = torch.broadcast_shapes(codes.shape[:-3], log_exposures.shape[:-1])
+        self.shape = (*self.lead, samples, frames, channels)
+
+    def systems(self, tensor: Tensor) -> Tensor:
+        """Codes or mask as [B, S, P]."""
+        whole = tensor.unsqueeze(-1) if self.single else tensor
+        return whole.expand(self.shape).movedim(-1, -3).reshape(-1, *self.shape[-3:-1])
+
+    def times(self, log_exposures: Tensor) -> Tensor:
+        """log_exposures as [B, 1, P] in float64."""
+        *_, frames, channels = self.shape
+        whole = log_exposures.double().expand(*self.lead, frames).unsqueeze(-2)
+        return whole.expand(*self.lead, channels, frames).reshape(-1, 1, frames)
+
+    def result(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Results [B, M] as [..., M, C], or [M] for codes [S, P]."""
+        whole = values.to(dtype).view(*self.lead, self.shape[-1], values.shape[-1])
+        return whole.squeeze(-2) if self.single else whole.movedim(-2, -1)

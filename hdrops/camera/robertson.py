@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hdrops.camera.debevec import add_smoothness
-from hdrops.camera.observations import Observations, check_samples, flatten_batch, scatter_products, weight_table
+from hdrops.camera.observations import Layout, Observations, check_samples, scatter_products, weight_table
 
 
 def solve_robertson(
@@ -37,7 +37,7 @@ def solve_robertson(
     """Response curve and radiances from corresponding samples of a bracket, by alternation.
 
     Args:
-        codes: [..., S, P], as in :func:`hdrops.camera.solve_debevec`.
+        codes: [S, P] or [..., S, P, C], as in :func:`hdrops.camera.solve_debevec`.
         log_exposures: [P] or [..., P], natural logarithm of seconds, in any order.
         smoothness: of the curve, with the meaning it has in :func:`hdrops.camera.solve_debevec`.
         weight: by code, as there; "gaussian" is the paper's.
@@ -47,24 +47,25 @@ def solve_robertson(
         tolerance: stop when a round moves ln I nowhere by more than this, changes weighted by w / max w.
 
     Returns:
-        ``(log_response [..., L], log_radiance [..., S])``, g(L // 2) = 0, finite, in the dtype of ``log_exposures``,
-        computed in float64. No gradient.
+        ``(log_response [..., L, C], log_radiance [..., S, C])``, without C for codes [S, P]; g(L // 2) = 0, finite,
+        in the dtype of ``log_exposures``, computed in float64. No gradient.
 
     Raises:
         ValueError: shapes, code range, or samples that do not determine a curve. TypeError: dtypes.
     """
     check_samples("solve_robertson", codes, log_exposures, smoothness, levels, mask)
-    lead, flat_codes, log_times, flat_mask = flatten_batch(codes.detach(), log_exposures.detach(), mask)
+    layout = Layout(codes, log_exposures)
+    excluded = None if mask is None else layout.systems(mask)
     table = weight_table(weight, levels, codes.device)
-    seen = Observations(flat_codes, table, flat_mask)
+    seen = Observations(layout.systems(codes.detach()), table, excluded)
     seen.require_slope("solve_robertson")
     # Radiance is relative: times around 1 keep every sum in range.
+    log_times = layout.times(log_exposures.detach())
     middle_time = log_times.mean(-1, keepdim=True)
     log_times = log_times - middle_time
-    curve = _alternate(seen, log_times.exp(), table, flat_mask, smoothness, iterations, tolerance)
+    curve = _alternate(seen, log_times.exp(), table, excluded, smoothness, iterations, tolerance)
     log_radiance = _log_radiance(seen, log_times, curve) - middle_time.squeeze(-1)
-    dtype = log_exposures.dtype
-    return curve.to(dtype).view(*lead, levels), log_radiance.to(dtype).view(*lead, -1)
+    return layout.result(curve, log_exposures.dtype), layout.result(log_radiance, log_exposures.dtype)
 
 
 def _log_radiance(seen: Observations, log_times: Tensor, curve: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ LEVELS = 256
 
 
 class Samples(NamedTuple):
-    """Drawn pixels: codes [N, C, S, P] in code units 0..255, and bool [N, C, S, P], True where excluded (or None)."""
+    """Drawn pixels: codes [N, S, P, C] in code units 0..255, and bool [N, S, P, C], True where excluded (or None)."""
 
     codes: Tensor
     excluded: Tensor | None
@@ -87,8 +87,8 @@ def sample_stack(stack: Tensor, samples: int, mask: Tensor | None = None, seed: 
     if samples < 2:
         raise ValueError(f"sample_stack: samples must be at least 2, got {samples}")
     pixels = _draw(stack.shape[-2] * stack.shape[-1], samples, seed).to(stack.device)
-    values = _pick(stack, pixels).permute(0, 2, 3, 1)
-    excluded = None if mask is None else _pick(mask, pixels).permute(0, 2, 3, 1).expand(values.shape)
+    values = _pick(stack, pixels).permute(0, 3, 1, 2)
+    excluded = None if mask is None else _pick(mask, pixels).permute(0, 3, 1, 2).expand(values.shape)
     if values.dtype == torch.uint8:
         return Samples(values, excluded)
     scale = (LEVELS - 1) / 65535 if values.dtype == torch.uint16 else LEVELS - 1
