@@ -231,3 +231,13 @@ def test_forward_mode_raises_and_the_reference_has_it(name):
     weights = torch.randn_like(tangent)
     (gradient,) = torch.autograd.grad(CALLS[name](leaf, "reference"), leaf, weights)
     torch.testing.assert_close((tangent * weights).sum(), (gradient * direction).sum())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functional_gradients_raise_and_the_reference_has_them(name):
+    x = torch.rand(1, 2, 3, 4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=f"{name}: torch.func.grad, vjp and jacrev"):
+        torch.func.grad(lambda t: CALLS[name](t).sum())(x)
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(CALLS[name](leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda t: CALLS[name](t, "reference").sum())(x), want)

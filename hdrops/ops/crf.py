@@ -60,7 +60,7 @@ def crf_lookup(
 
     A NaN pixel gives NaN, a zero gradient, and nothing to the curve's gradient; infinite pixels count as the ends.
     Positions are float32 (float64 for float64 input). On the CPU all is bitwise equal for any number of threads.
-    Second derivatives and forward-mode AD raise; ``backend="reference"`` has both.
+    Second derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
         ValueError: a wrong shape, value or device.
@@ -84,7 +84,7 @@ def crf_lookup(
     _check_lookup(input, curve, mode, gradient_scale)
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         return reference.crf_lookup(input, curve, mode=mode, gradient_scale=gradient_scale)
-    _backends.refuse_forward_ad(op, input, curve)
+    _common.refuse_functional_transforms(op, input, curve)
     curves = curve.reshape(1, 1, -1) if curve.dim() == 1 else curve
     lookup = torch.ops.hdrops.crf_lookup.default
     output: Tensor
@@ -112,7 +112,7 @@ def quantize_ste(input: Tensor, *, levels: int = 256, gradient: str = "inside", 
     Returns:
         The input's shape, dtype and memory format. NaN stays NaN.
 
-    Second derivatives and forward-mode AD raise; ``backend="reference"`` has both.
+    Second derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
         ValueError: ``levels`` or ``gradient`` out of range.
@@ -133,7 +133,7 @@ def quantize_ste(input: Tensor, *, levels: int = 256, gradient: str = "inside", 
         raise ValueError(f"{op}: gradient must be 'inside' or 'everywhere', got {gradient!r}")
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         return reference.quantize_ste(input, levels=levels, gradient=gradient)
-    _backends.refuse_forward_ad(op, input)
+    _common.refuse_functional_transforms(op, input)
     output: Tensor = torch.ops.hdrops.quantize_ste.default(input, levels, gradient == "everywhere")
     return output
 
@@ -153,7 +153,7 @@ def tent_histogram(input: Tensor, *, bins: Sequence[int] = (4, 8, 16), backend: 
         The input's dtype and memory format. NaN pixels give NaN maps.
 
     The gradient is :math:`-m\,sign(m x - i)` on a tent's flanks, 0 at its peak, outside it and at a NaN pixel. Second
-    derivatives and forward-mode AD raise; ``backend="reference"`` has both.
+    derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
         ValueError: a wrong shape or bin count.
@@ -176,7 +176,7 @@ def tent_histogram(input: Tensor, *, bins: Sequence[int] = (4, 8, 16), backend: 
         _check_integer(op, "bins", bin, 1, _MAX_BINS)
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         return reference.tent_histogram(input, bins=bins)
-    _backends.refuse_forward_ad(op, input)
+    _common.refuse_functional_transforms(op, input)
     output: Tensor = torch.ops.hdrops.tent_histogram.default(input, list(bins))
     return output
 
@@ -196,8 +196,8 @@ def value_histogram(input: Tensor, *, bins: int = 256, backend: str | None = Non
         [N, C, bins] in the input's dtype; the sums are float64. Bitwise equal for any number of threads.
 
     The gradient of bin :math:`\lfloor v \rfloor` is :math:`1 / (2\,max(l, 1))` inside [-1, 1], ends included, and 0
-    outside. A NaN pixel counts nowhere and has no gradient. Second derivatives and forward-mode AD raise;
-    ``backend="reference"`` has both.
+    outside. A NaN pixel counts nowhere and has no gradient. Second derivatives, forward-mode AD and
+    ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
         ValueError: a wrong shape or number of bins.
@@ -217,7 +217,7 @@ def value_histogram(input: Tensor, *, bins: int = 256, backend: str | None = Non
     _check_integer(op, "bins", bins, 2, _MAX_BINS)
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         return reference.value_histogram(input, bins=bins)
-    _backends.refuse_forward_ad(op, input)
+    _common.refuse_functional_transforms(op, input)
     output: Tensor = torch.ops.hdrops.value_histogram.default(input, bins)
     return output
 

@@ -16,6 +16,12 @@ def _coordinates(input: Tensor) -> Tensor:
     return input if input.dtype == torch.float64 else input.float()
 
 
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """``x`` within [low, high] with gradient 1 at both ends, where releases of torch differ; NaN becomes low."""
+    inside = (x >= low) & (x <= high)
+    return torch.where(inside, x, x.detach().nan_to_num(nan=low).clamp(low, high))
+
+
 def _take(curve: Tensor, index: Tensor) -> Tensor:
     """curve [N|1, C|1, L] at index [N, C, ...], or at an index of any shape if there is one curve."""
     if curve.shape[0] == 1 and curve.shape[1] == 1:
@@ -39,7 +45,7 @@ def crf_lookup(input: Tensor, curve: Tensor, *, mode: str = "linear", gradient_s
     x = _coordinates(input)
     curve = curve.to(x.dtype)
     unknown = x.isnan()
-    clamped = torch.where(unknown, 0, x).clamp(0, 1)
+    clamped = _clamp(x, 0, 1)
     position = clamped.detach() * last
     if mode == "linear":
         index = position.floor().long()
@@ -59,7 +65,7 @@ def quantize_ste(input: Tensor, *, levels: int = 256, gradient: str = "inside") 
     """See :func:`hdrops.quantize_ste`."""
     x = _coordinates(input)
     quantized = (x.detach().clamp(0, 1) * (levels - 1) + 0.5).floor() / (levels - 1)
-    passed = x.clamp(0, 1) if gradient == "inside" else torch.where(x.isfinite(), x, 0)
+    passed = _clamp(x, 0, 1) if gradient == "inside" else torch.where(x.isfinite(), x, 0)
     return (quantized + (passed - passed.detach())).to(input.dtype)
 
 
@@ -73,8 +79,7 @@ def tent_histogram(input: Tensor, *, bins: Sequence[int] = (4, 8, 16)) -> Tensor
 def value_histogram(input: Tensor, *, bins: int = 256) -> Tensor:
     """See :func:`hdrops.value_histogram`."""
     x = _coordinates(input)
-    value = ((x.clamp(-1, 1) + 1) * ((bins - 1) / 2)).flatten(2)
-    value = torch.where(value.isnan(), 0, value)
+    value = ((_clamp(x, -1, 1) + 1) * ((bins - 1) / 2)).flatten(2)
     index = value.detach().long()
     sums = value.new_zeros(*input.shape[:2], bins).scatter_add(2, index, value)
     levels = torch.arange(bins, device=x.device, dtype=x.dtype).clamp(min=1)
