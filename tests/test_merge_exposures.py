@@ -608,15 +608,15 @@ def test_module_trains_its_curve_and_saves_it():
     stack, times = bracket(torch.float32, 1, 3), log_times(3).float()
     layer = hdrops.nn.ExposureMerge(response(32, 1, 3).float(), learn_curve=True)
     target = hdrops.merge_exposures(stack, times, response(32, 1, 3).float()).log()
-    optimiser = torch.optim.Adam(layer.parameters(), lr=0.02)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.01)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         loss = (layer(stack, times).log() - target).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0] / 4
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 100
     other = hdrops.nn.ExposureMerge(torch.zeros(1, 3, 32), learn_curve=True)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(stack, times), layer(stack, times))
