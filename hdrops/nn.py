@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hdrops.ops import _common
 from hdrops.ops.crf import crf_lookup
 from hdrops.ops.deform_conv2d import deform_conv2d
+from hdrops.ops.merge_exposures import merge_exposures
 
 
 class DeformConv2d(nn.Module):
@@ -255,3 +256,53 @@ class CRF(nn.Module):
             f"levels={self.curve.shape[-1]}, channels={None if shared else self.curve.shape[0]}, "
             f"learnable={isinstance(self.curve, nn.Parameter)}, mode={self.mode!r}"
         )
+
+
+class ExposureMerge(nn.Module):
+    """Merges brackets with one camera's response: :func:`hdrops.merge_exposures` as a layer.
+
+    Args:
+        curve: inverse response [L] or [1, C or 1, L]; None is linear. It is saved in the state dict.
+        learnable: makes ``curve`` a parameter, so that it is trained through the merge.
+        weight: ``"hat"``, ``"debevec"``, ``"uniform"`` or a table [L].
+        fallback: whether pixels clipped in every frame take one frame's estimate.
+
+    Shapes:
+        stack [N, P, C, H, W], log_exposures [N or 1, P], mask [N or 1, P, 1, H, W] or None -> [N, C, H, W].
+
+    Example:
+        >>> merge = hdrops.nn.ExposureMerge(torch.linspace(0.01, 1, 256), learnable=True)
+        >>> merge(torch.rand(1, 3, 3, 8, 9), torch.tensor([[-2.0, 0.0, 2.0]])).shape
+        torch.Size([1, 3, 8, 9])
+    """
+
+    curve: Tensor | None
+    weight_table: Tensor | None
+
+    def __init__(
+        self,
+        curve: Tensor | None = None,
+        *,
+        learnable: bool = False,
+        weight: str | Tensor = "hat",
+        fallback: bool = True,
+    ) -> None:
+        super().__init__()
+        if learnable and curve is None:
+            raise ValueError("ExposureMerge: learnable=True needs a curve to start from, got None")
+        if learnable and curve is not None:
+            self.curve = nn.Parameter(curve.detach().clone())
+        else:
+            self.register_buffer("curve", None if curve is None else curve.detach().clone())
+        self.weight = weight if isinstance(weight, str) else None
+        self.register_buffer("weight_table", weight.detach().clone() if isinstance(weight, Tensor) else None)
+        self.fallback = fallback
+
+    def forward(self, stack: Tensor, log_exposures: Tensor, mask: Tensor | None = None) -> Tensor:
+        weight = self.weight if self.weight is not None else self.weight_table
+        assert weight is not None
+        return merge_exposures(stack, log_exposures, self.curve, weight=weight, mask=mask, fallback=self.fallback)
+
+    def extra_repr(self) -> str:
+        shape = "linear" if self.curve is None else f"curve {_common.shape_of(self.curve)}"
+        return f"{shape}, weight={self.weight or 'table'}, fallback={self.fallback}"

@@ -601,6 +601,39 @@ def test_lower_instruction_sets_agree(level, tmp_path):
     assert result.stdout.strip() == level
 
 
+# The module
+
+
+def test_module_trains_its_curve_and_saves_it():
+    stack, times = bracket(torch.float32, 1, 3), log_times(3).float()
+    layer = hdrops.nn.ExposureMerge(response(32, 1, 3).float(), learnable=True)
+    target = hdrops.merge_exposures(stack, times, response(32, 1, 3).float()).log()
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = (layer(stack, times).log() - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 100
+    other = hdrops.nn.ExposureMerge(torch.zeros(1, 3, 32), learnable=True)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(stack, times), layer(stack, times))
+
+
+def test_module_passes_its_options_on():
+    stack, times, table = bracket(torch.uint8), log_times(4).float(), torch.rand(7)
+    mask = torch.rand(1, 4, 1, 9, 13)
+    layer = hdrops.nn.ExposureMerge(weight=table, fallback=False)
+    assert not list(layer.parameters())
+    wanted = hdrops.merge_exposures(stack, times, weight=table, mask=mask, fallback=False)
+    assert torch.equal(layer(stack, times, mask), wanted)
+    assert "weight=table" in repr(layer)
+    with pytest.raises(ValueError, match="ExposureMerge: learnable=True needs a curve"):
+        hdrops.nn.ExposureMerge(learnable=True)
+
+
 # Errors
 
 

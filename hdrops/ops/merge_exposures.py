@@ -84,7 +84,7 @@ def merge_exposures(
         stack = stack.float()
     if _backends.choose(op, stack, backend, _CAN_RUN) == "reference":
         return _reference.merge_exposures(stack, log_exposures, curve, weight=weight, mask=mask, fallback=fallback)
-    _backends.refuse_forward_ad(op, stack, log_exposures, curve)
+    _common.refuse_functional_transforms(op, stack, log_exposures, curve)
     dtype = _reference.accumulation_dtype(stack, curve)
     if curve is not None:
         curve = curve.to(dtype).reshape((1, 1, -1) if curve.dim() == 1 else curve.shape)

@@ -55,7 +55,7 @@ def truncate(input: Tensor, *, radius: int = 2, eps: float = 0.01, backend: str 
         input = input.float()
     if _backends.choose("truncate", input, backend, _CAN_RUN) == "reference":
         return _reference.truncate(input, radius=radius, eps=eps)
-    _backends.refuse_forward_ad("truncate", input)
+    _common.refuse_functional_transforms("truncate", input)
     output: Tensor = torch.ops.hdrops.truncate.default(input, radius, eps)
     return output
 
