@@ -1,17 +1,21 @@
 """Builds hdrops' shared libraries on the LibTorch stable ABI: one wheel for Python >= 3.10 and torch >= 2.11.
 
 ``hdrops/_C.so`` holds the operator schemas and the CPU kernels. ``hdrops/_C_cuda.so`` holds the CUDA kernels and is
-built where the sources (``csrc/**/*.cu``) and a CUDA toolkit are there.
+built where there are CUDA sources (``csrc/**/*.cu``), a CUDA toolkit, and a torch for the same major CUDA version.
+Object files stay in ``build/objects``, whichever command builds (pip, editable, wheel): the next build compiles only
+what changed.
 
 Environment:
-    HDROPS_CUDA        auto (default): CUDA library if a toolkit is found; 1: the same, but a missing one is an error; 0: never.
-    HDROPS_CUDA_ARCH   architectures, in the form of TORCH_CUDA_ARCH_LIST; default in CUDA_ARCHITECTURES below.
+    HDROPS_CUDA        auto (default): build the CUDA library if possible; 1: fail if it is not; 0: never build it.
+    HDROPS_CUDA_ARCH   architectures, in the form of TORCH_CUDA_ARCH_LIST (which serves as well); default: all of
+                       CUDA_ARCHITECTURES below that the toolkit knows.
     HDROPS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer, for `make test-asan`.
     HDROPS_LOWERED_ISA 1: compile the AVX-512 kernels for AVX2, to test their logic on any x86-64 machine.
     MAX_JOBS           parallel compilations.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +25,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
         "hdrops: building needs torch >= 2.11 in the same environment. Install torch first and use "
@@ -29,8 +33,9 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).parent
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+# Each with the first toolkit that knows it.
+CUDA_ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 
 
 def switch(name: str, choices: tuple[str, ...]) -> str:
@@ -45,81 +50,99 @@ def sources(suffix: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(f"*{suffix}"))
 
 
-def cuda_home() -> tuple[Path | None, str]:
-    """The CUDA toolkit's root and where it was found, or None and the reason."""
+def cuda_home() -> Path | str:
+    """The CUDA toolkit's root, or the reason why there is none."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             root = Path(os.environ[name])
-            if (root / "bin" / "nvcc").exists():
-                return root, name
-            return None, f"{name}={root} has no bin/nvcc"
+            return root if (root / "bin" / "nvcc").exists() else f"{name}={root} has no bin/nvcc"
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return None, "no nvcc on PATH and CUDA_HOME is not set"
+        return "no nvcc on PATH and CUDA_HOME is not set"
     # nvcc on PATH may be a wrapper; its dry run names the toolkit it belongs to.
     told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    for line in told.splitlines():
-        if line.startswith("#$ TOP="):
-            return Path(line.removeprefix("#$ TOP=").strip()).resolve(), f"{nvcc} --dryrun"
-    return Path(nvcc).resolve().parent.parent, nvcc
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    root = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+    return root.resolve() if (root / "bin" / "nvcc").exists() else f"{nvcc} does not tell its toolkit; set CUDA_HOME"
+
+
+def cuda_version(root: Path) -> tuple[int, int] | None:
+    told = subprocess.run([root / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    return (int(release[1]), int(release[2])) if release else None
+
+
+def cuda_toolkit() -> tuple[Path, tuple[int, int]] | str:
+    """The toolkit that the CUDA library is built with and its version, or the reason why it cannot be built."""
+    if not sources(".cu"):
+        return "this version has no CUDA sources"
+    root = cuda_home()
+    if isinstance(root, str):
+        return root
+    version = cuda_version(root)
+    if version is None:
+        return f"{root}/bin/nvcc does not run"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return f"{root} is CUDA {version[0]}.{version[1]}, torch {torch.__version__} is built for {torch.version.cuda}"
+    return root, version
+
+
+def cuda_architectures(version: tuple[int, int]) -> str:
+    named = os.environ.get("HDROPS_CUDA_ARCH") or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return named or ";".join(arch for arch, since in CUDA_ARCHITECTURES.items() if version >= since) + "+PTX"
 
 
 def host_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
     flags += ["-ffp-contract=fast", "-fno-math-errno"]
-    if switch("HDROPS_SANITIZE", ("0", "1")) == "1":
-        flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    if SANITIZE:
+        flags += ["-O1", "-g1", "-fno-wrapv", "-fno-omit-frame-pointer", *SANITIZERS, "-fno-sanitize-recover=undefined"]
     if switch("HDROPS_LOWERED_ISA", ("0", "1")) == "1":
         flags += ["-DHDROPS_LOWERED_ISA"]
     return flags
 
 
 def extensions() -> list:
-    include = [str(ROOT / "csrc")]
-    host = host_flags()
-    link = ["-fsanitize=address,undefined"] if os.environ.get("HDROPS_SANITIZE") == "1" else ["-s"]
-    built = [
-        CppExtension(
-            "hdrops._C",
-            sources(".cpp"),
-            include_dirs=include,
-            extra_compile_args={"cxx": host + STABLE_ABI},
-            extra_link_args=link,
-            py_limited_api=True,
-        )
-    ]
     wanted = switch("HDROPS_CUDA", ("auto", "0", "1"))
-    root, reason = (None, "HDROPS_CUDA=0") if wanted == "0" else cuda_home()
-    cuda_sources = sources(".cu")
-    if root is not None and not cuda_sources:
-        root, reason = None, "this version has no CUDA sources"
-    if root is None and wanted == "1":
-        sys.exit(f"hdrops: HDROPS_CUDA=1 but the CUDA library cannot be built: {reason}")
-    architectures = os.environ.get("HDROPS_CUDA_ARCH", os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES))
-    if root is not None:
-        os.environ["CUDA_HOME"] = str(root)
+    toolkit = "HDROPS_CUDA=0" if wanted == "0" else cuda_toolkit()
+    if wanted == "1" and isinstance(toolkit, str):
+        sys.exit(f"hdrops: HDROPS_CUDA=1 but the CUDA library cannot be built: {toolkit}")
+    host = host_flags()
+    common = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "extra_link_args": SANITIZERS if SANITIZE else [],
+        "py_limited_api": True,
+    }
+    flags = {"cxx": host + STABLE_ABI}
+    built = [cpp_extension.CppExtension("hdrops._C", sources(".cpp"), extra_compile_args=flags, **common)]
+    cuda = f"no CUDA library: {toolkit}"
+    if not isinstance(toolkit, str):
+        root, version = toolkit
+        architectures = cuda_architectures(version)
+        cuda = f"{version[0]}.{version[1]} in {root}, for {architectures}"
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-        torch.utils.cpp_extension.CUDA_HOME = str(root)
-        built.append(
-            CUDAExtension(
-                "hdrops._C_cuda",
-                cuda_sources,
-                include_dirs=include,
-                extra_compile_args={"cxx": host + STABLE_ABI, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI]},
-                extra_link_args=link,
-                py_limited_api=True,
-            )
-        )
+        # torch guesses its CUDA_HOME at import, wrongly where nvcc on PATH is a wrapper.
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(root)
+        flags = {**flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]}
+        built.append(cpp_extension.CUDAExtension("hdrops._C_cuda", sources(".cu"), extra_compile_args=flags, **common))
     print("hdrops build configuration")
     print(f"  torch        {torch.__version__} (headers only: the libraries run on every torch >= 2.11)")
     print(f"  host flags   {' '.join(host)}")
-    print(f"  CUDA         {f'{root} for {architectures}' if root else f'no CUDA library: {reason}'} (HDROPS_CUDA={wanted})")
+    print(f"  CUDA         {cuda} (HDROPS_CUDA={wanted})")
     print(f"  jobs         MAX_JOBS={os.environ.get('MAX_JOBS', 'ninja decides')}", flush=True)
     return built
 
 
+SANITIZE = switch("HDROPS_SANITIZE", ("0", "1")) == "1"
+SANITIZERS = ["-fsanitize=address,undefined"]
+
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)},
+    options={
+        "build_ext": {"build_temp": "build/objects-asan" if SANITIZE else "build/objects"},
+        "bdist_wheel": {"py_limited_api": "cp310"},
+    },
 )

@@ -1,7 +1,7 @@
 """hdrops: the operators of HDR imaging for PyTorch, with hand-written kernels forward and backward."""
 
 import hdrops._load  # noqa: F401  (loads the compiled operators; everything below needs them)
-from hdrops import nn, reference
+from hdrops import camera, nn, onnx, reference
 from hdrops._config import show_config
 from hdrops.ops.crf import crf_lookup, quantize_ste, tent_histogram, value_histogram
 from hdrops.ops.deform_conv2d import deform_conv2d
@@ -9,10 +9,12 @@ from hdrops.ops.merge_exposures import merge_exposures
 from hdrops.ops.truncate import truncate
 
 __all__ = [
+    "camera",
     "crf_lookup",
     "deform_conv2d",
     "merge_exposures",
     "nn",
+    "onnx",
     "quantize_ste",
     "reference",
     "show_config",

@@ -1,8 +1,8 @@
 """Which implementation of an operator runs: ``cpu``, ``cuda``, ``triton`` or ``reference``.
 
 Each operator says for each backend whether it can run the call at hand: None, or the reason why not. The first backend
-that can, in the order of its device, is taken. ``backend=`` of a call, and below it the variable ``HDROPS_BACKEND`` read
-at import, name one backend instead; if that one cannot run the call, the reason is raised.
+that can, in the order of its device, is taken. ``backend=`` of a call, and below it the variable ``HDROPS_BACKEND``
+read at import, name one backend instead; if that one cannot run the call, the reason is raised.
 """
 
 import os
@@ -72,7 +72,9 @@ def choose(op: str, tensor: Tensor, backend: str | None, can_run: Mapping[str, C
         reasons[name] = predicate(tensor)
         if reasons[name] is None:
             return name
-    raise NotImplementedError(f"{op}: no backend can run this call: " + "; ".join(f"{k}: {v}" for k, v in reasons.items()))
+    raise NotImplementedError(
+        f"{op}: no backend can run this call: " + "; ".join(f"{k}: {v}" for k, v in reasons.items())
+    )
 
 
 def refuse_forward_ad(op: str, *tensors: Tensor | None) -> None:

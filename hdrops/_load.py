@@ -1,7 +1,7 @@
 """Loads the shared libraries of hdrops: ``_C`` (schemas and CPU kernels) and, for a CUDA torch, ``_C_cuda``.
 
-A failure to load ``_C`` surfaces at ``import hdrops``. A failure to load ``_C_cuda`` is kept and raised, chained, by the
-first call on a CUDA tensor (:func:`require_cuda_library`), and shown by ``hdrops info``: a package that works on the CPU
+A failure to load ``_C`` surfaces at ``import hdrops``. A failure to load ``_C_cuda`` is kept and raised, chained, by
+the first call on a CUDA tensor (``_backends.choose``), and shown by ``hdrops info``: a package that works on the CPU
 must not die of a broken driver, and a broken CUDA library must not pass for a slow one.
 """
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hdrops.ops import _common
+from hdrops.ops.crf import crf_lookup
 from hdrops.ops.deform_conv2d import deform_conv2d
 
 
@@ -87,7 +88,7 @@ class ModulatedDeformConv2d(DeformConv2d):
 
     State dicts load, with ``load_state_dict``, from
 
-    * mmcv's ModulatedDeformConv2dPack: the same names and layout; of its first versions also ``<name>_offset.*``;
+    * mmcv's ModulatedDeformConv2dPack: the same names and layout;
     * the DCNv2 forks (class DCN): ``conv_offset_mask.*`` in that layout;
     * 4uiiurz1's pytorch-deform-conv-v2, modulated, 3x3 with padding 1: ``conv.*``, ``m_conv.*``, and ``p_conv.*`` with
       the y of all taps before the x of all taps.
@@ -150,16 +151,9 @@ class ModulatedDeformConv2d(DeformConv2d):
         return super().extra_repr() + (f", offset_groups={self.offset_groups}" if self.offset_groups != 1 else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        for rename in (_rename_mmcv_version_1, _rename_dcnv2_fork, _convert_4uiiurz1):
-            rename(self, state_dict, prefix)
+        _rename_dcnv2_fork(self, state_dict, prefix)
+        _convert_4uiiurz1(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-
-def _rename_mmcv_version_1(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:
-    """mmcv once kept the predicting convolution beside the layer: ``conv2_offset.weight`` for the layer ``conv2``."""
-    if prefix and prefix + "conv_offset.weight" not in state:
-        for name in ("weight", "bias"):
-            _rename(state, f"{prefix[:-1]}_offset.{name}", f"{prefix}conv_offset.{name}")
 
 
 def _rename_dcnv2_fork(layer: ModulatedDeformConv2d, state: dict[str, Any], prefix: str) -> None:
@@ -201,3 +195,63 @@ def _convert_4uiiurz1(layer: ModulatedDeformConv2d, state: dict[str, Any], prefi
 def _rename(state: dict[str, Any], old: str, new: str) -> None:
     if old in state:
         state[new] = state.pop(old)
+
+
+class CRF(nn.Module):
+    """A camera response curve that every pixel passes through, learned or fixed; see :func:`hdrops.crf_lookup`.
+
+    Args:
+        levels: values L of a curve, 2 to 2**20; overruled by ``curve``.
+        channels: number of curves, one for each channel of the input; None for one curve that all channels share.
+        curve: the curve to begin with, [L] or [C, L], copied; None for the identity, a ramp from 0 to 1.
+        learnable: whether the curve is a parameter; else it is a buffer. Either is in the state dict, as ``curve``.
+        mode: "linear" or "nearest".
+        gradient_scale: slope of "nearest" per finite difference of the curve; None is L - 1.
+
+    Shapes:
+        input [N, C, ...] (any shape where one curve is shared), pixels in [0, 1] or codes of uint8 or uint16 -> the
+        input's shape, in its dtype, for codes in the curve's.
+
+    Example:
+        >>> gamma = hdrops.nn.CRF(curve=torch.linspace(0, 1, 1024) ** 2.2, learnable=False)
+        >>> gamma(torch.full((1, 3, 2, 2), 0.5)).mean().round(decimals=3)
+        tensor(0.2180)
+    """
+
+    curve: Tensor
+
+    def __init__(
+        self,
+        levels: int = 1024,
+        channels: int | None = None,
+        *,
+        curve: Tensor | None = None,
+        learnable: bool = True,
+        mode: str = "linear",
+        gradient_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if curve is None:
+            ramp = torch.linspace(0, 1, levels)
+            curve = ramp if channels is None else ramp.repeat(channels, 1)
+        elif curve.dim() not in (1, 2) or (channels is not None and tuple(curve.shape[:-1]) != (channels,)):
+            wanted = "[L] or [C, L]" if channels is None else f"[{channels}, L]"
+            raise ValueError(f"CRF: curve must be {wanted}, got shape {_common.shape_of(curve)}")
+        curve = curve.detach().clone()
+        if learnable:
+            self.curve = nn.Parameter(curve)
+        else:
+            self.register_buffer("curve", curve)
+        self.mode = mode
+        self.gradient_scale = gradient_scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        curve = self.curve if self.curve.dim() == 1 else self.curve.unsqueeze(0)
+        return crf_lookup(input, curve, mode=self.mode, gradient_scale=self.gradient_scale)
+
+    def extra_repr(self) -> str:
+        shared = self.curve.dim() == 1
+        return (
+            f"levels={self.curve.shape[-1]}, channels={None if shared else self.curve.shape[0]}, "
+            f"learnable={isinstance(self.curve, nn.Parameter)}, mode={self.mode!r}"
+        )

@@ -51,7 +51,9 @@ def assert_close(
         return
     tolerance = TOLERANCES[actual.dtype]
     got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
-    assert torch.equal(got.isnan(), want.isnan()), f"{name}: NaN in {int((got.isnan() ^ want.isnan()).sum())} wrong places"
+    assert torch.equal(got.isnan(), want.isnan()), (
+        f"{name}: NaN in {int((got.isnan() ^ want.isnan()).sum())} wrong places"
+    )
     finite = want.isfinite()
     assert torch.equal(got[~finite & ~want.isnan()], want[~finite & ~want.isnan()]), f"{name}: infinities differ"
     if scale is None:
@@ -60,8 +62,8 @@ def assert_close(
     excess = torch.where(finite, (got - want).abs() - bound, torch.full_like(want, -torch.inf))
     worst = int(excess.argmax())
     assert excess.flatten()[worst] <= 0, (
-        f"{name} ({actual.dtype}): {int((excess > 0).sum())} of {want.numel()} elements off; worst at flat index {worst}: "
-        f"got {got.flatten()[worst]:.9g}, expected {want.flatten()[worst]:.9g}, "
+        f"{name} ({actual.dtype}): {int((excess > 0).sum())} of {want.numel()} elements off; "
+        f"worst at flat index {worst}: got {got.flatten()[worst]:.9g}, expected {want.flatten()[worst]:.9g}, "
         f"error {(got - want).abs().flatten()[worst]:.3g}, allowed {bound.flatten()[worst]:.3g}"
     )
 

@@ -1,5 +1,6 @@
-"""deform_conv2d computes what OP-1 says: against the float64 reference, against identities, and at the awkward places."""
+"""deform_conv2d computes what OP-1 says: against the float64 reference, identities, and at the awkward places."""
 
+import doctest
 import itertools
 import os
 import subprocess
@@ -37,7 +38,17 @@ GEOMETRIES = {
     "eight_offset_groups": Case(n=1, channels=64, out_channels=32, size=(7, 19), offset_groups=8),
     "many_tiles": Case(n=2, channels=16, out_channels=24, size=(37, 41)),
     "large_batch": Case(n=33, channels=3, out_channels=4, size=(4, 5)),
+    "very_wide_channels": Case(n=1, channels=520, out_channels=9, size=(5, 6), offset_groups=4),
+    "many_outputs": Case(n=1, channels=3, out_channels=530, size=(5, 6)),
+    "tall_and_far": Case(n=2, channels=5, out_channels=3, size=(150, 11), reach=40.0),
+    "offset_groups_of_two": Case(channels=6, offset_groups=3),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads) -> None:
+    """Most tensors here are tiny, and threads that wait for tiny work fight over a shared machine."""
+    threads(1)
 
 
 def run(tensors: dict[str, Tensor], case: Case, grad_output: Tensor | None = None) -> dict[str, Tensor]:
@@ -244,8 +255,9 @@ def test_each_subset_of_gradients(wanted: tuple[str, ...]) -> None:
         Case(n=1, channels=16, out_channels=16, size=(61, 67), reach=4.0),
         Case(n=3, channels=16, out_channels=8, size=(33, 35), offset_groups=8, reach=40.0),
         Case(n=1, channels=6, out_channels=6, size=(50, 70), groups=3),
+        Case(n=1, channels=5, out_channels=3, size=(150, 11), reach=40.0),
     ],
-    ids=["one_image", "offset_groups", "groups"],
+    ids=["one_image", "offset_groups", "groups", "tall_and_far"],
 )
 def test_bitwise_equal_for_any_thread_count(case: Case, dtype: torch.dtype, threads) -> None:
     tensors, grad_output = case.tensors(dtype), gradient_like(case, dtype)
@@ -256,6 +268,19 @@ def test_bitwise_equal_for_any_thread_count(case: Case, dtype: torch.dtype, thre
     for other in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "both_groups", "tall_and_far"])
+def test_wide_indices_compute_the_same(name: str, dtype: torch.dtype, monkeypatch) -> None:
+    """The 64-bit path, which an image of more than 2^31 elements takes, on small ones."""
+    case = GEOMETRIES[name]
+    tensors, grad_output = case.tensors(dtype), gradient_like(case, dtype)
+    narrow = run(tensors, case, grad_output)
+    monkeypatch.setenv("HDROPS_INDEX_WIDTH", "64")
+    wide = run(tensors, case, grad_output)
+    for result in narrow:
+        assert torch.equal(wide[result], narrow[result]), result
 
 
 SPECIAL = {
@@ -321,16 +346,19 @@ def test_samples_outside_do_not_see_the_image(value: float) -> None:
         assert (gradients[name] == 0).all(), name
 
 
-def test_nan_in_one_pixel_reaches_only_what_samples_it() -> None:
-    case = Case(n=1, size=(12, 12), reach=0.3, channels=2)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("pixel", [(0, 0), (0, -1), (-1, 0), (-1, -1), (5, 5)])
+def test_a_pixel_of_nan_reaches_only_what_samples_it(pixel: tuple[int, int], channels: int, value: float) -> None:
+    case = Case(n=2, size=(12, 12), channels=channels)
     tensors = case.tensors(torch.float32)
-    clean = run(tensors, case)["output"]
-    tensors["input"][0, 0, 5, 5] = float("nan")
+    tensors["input"][0, :, pixel[0], pixel[1]] = value
+    wanted = expected(tensors, case)["output"]
+    touched = ~wanted.isfinite()
+    assert 0 < touched.sum() < touched.numel() / 4
     output = run(tensors, case)["output"]
-    near = torch.zeros(12, 12, dtype=torch.bool)
-    near[2:9, 2:9] = True
-    assert output[0, :, 5, 5].isnan().all()
-    assert torch.equal(output[..., ~near], clean[..., ~near])
+    assert torch.equal(~output.isfinite(), touched)
+    assert_close(output[~touched], wanted[~touched], terms=9 * channels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -458,10 +486,18 @@ WRONG = {
     "weight_dimensions": (with_shape("weight", 6, 4, 3), {}, r"weight must have 4 dimensions .* got 3 "),
     "mask_dimensions": (with_shape("mask", 9, 8, 9), {}, r"mask must have 4 dimensions .* got 3 "),
     "bias_dimensions": (with_shape("bias", 6, 1), {}, r"bias must have 1 dimension \[O\], got 2 "),
-    "no_channels": (with_shape("input", 2, 0, 8, 9), {}, r"at least one channel, row and column, got shape \[2, 0, 8, 9\]"),
+    "no_channels": (
+        with_shape("input", 2, 0, 8, 9),
+        {},
+        r"at least one channel, row and column, got shape \[2, 0, 8, 9\]",
+    ),
     "no_weight": (with_shape("weight", 0, 4, 3, 3), {}, r"no empty dimension, got shape \[0, 4, 3, 3\]"),
     "groups": (with_shape("weight", 6, 3, 3, 3), {}, r"C/groups = 3 must divide the input's 4 channels"),
-    "group_outputs": (with_shape("weight", 5, 2, 3, 3), {}, r"5 output channels must be a multiple of groups = 4/2 = 2"),
+    "group_outputs": (
+        with_shape("weight", 5, 2, 3, 3),
+        {},
+        r"5 output channels must be a multiple of groups = 4/2 = 2",
+    ),
     "offset_batch": (with_shape("offset", 1, 18, 8, 9), {}, r"offset must have the input's batch 2, got 1 "),
     "offset_channels": (
         with_shape("offset", 2, 20, 8, 9),
@@ -470,13 +506,25 @@ WRONG = {
         r"\(offset shape \[2, 20, 8, 9\]\)",
     ),
     "offset_empty": (with_shape("offset", 2, 0, 8, 9), {}, r"a multiple of 2\*3\*3 = 18, got 0 "),
-    "offset_groups": (with_shape("offset", 2, 54, 8, 9), {}, r"offset_groups = 54/18 = 3 must divide the input's 4 chan"),
+    "offset_groups": (
+        with_shape("offset", 2, 54, 8, 9),
+        {},
+        r"offset_groups = 54/18 = 3 must divide the input's 4 chan",
+    ),
     "offset_size": (with_shape("offset", 2, 18, 8, 8), {}, r"offset must have the output's size 8 x 9, got 8 x 8 "),
     "mask_batch": (with_shape("mask", 1, 9, 8, 9), {}, r"mask must have the input's batch 2, got 1 "),
-    "mask_channels": (with_shape("mask", 2, 18, 8, 9), {}, r"mask must have offset_groups\*kh\*kw = 1\*3\*3 = 9 channels, got 18"),
+    "mask_channels": (
+        with_shape("mask", 2, 18, 8, 9),
+        {},
+        r"mask must have offset_groups\*kh\*kw = 1\*3\*3 = 9 channels, got 18",
+    ),
     "mask_size": (with_shape("mask", 2, 9, 7, 9), {}, r"mask must have the output's size 8 x 9, got 7 x 9 "),
     "bias_size": (with_shape("bias", 5), {}, r"bias must have one value for each of 6 output channels, got 5 "),
-    "kernel": ({}, {"padding": 0, "dilation": 4}, r"height dilation\*\(kernel-1\)\+1 = 9 must not exceed the padded input's 8 "),
+    "kernel": (
+        {},
+        {"padding": 0, "dilation": 4},
+        r"height dilation\*\(kernel-1\)\+1 = 9 must not exceed the padded input's 8 ",
+    ),
     "stride": ({}, {"stride": 0}, r"stride must be an integer or a pair of integers >= 1, got 0"),
     "stride_length": ({}, {"stride": (1, 1, 1)}, r"stride must be an integer or a pair .* got \(1, 1, 1\)"),
     "padding": ({}, {"padding": (1, -1)}, r"padding must be an integer or a pair of integers >= 0, got \(1, -1\)"),
@@ -516,22 +564,26 @@ def test_wrong_dtypes_are_named(name: str) -> None:
 def test_wrong_dtype_beside_half_data() -> None:
     tensors = Case().tensors(torch.float16)
     tensors["offset"] = tensors["offset"].bfloat16()
-    with pytest.raises(TypeError, match="offset must have the input's dtype torch.float16 or torch.float32, got torch.b"):
+    with pytest.raises(
+        TypeError, match=r"offset must have the input's dtype torch.float16 or torch.float32, got torch.b"
+    ):
         hdrops.deform_conv2d(**tensors, **Case().geometry)
 
 
 @pytest.mark.parametrize("stride", ["1", 1.0, (1, 2.0), None])
 def test_wrong_kinds_of_arguments(stride) -> None:
-    with pytest.raises(TypeError, match="^deform_conv2d: stride must be an integer or a pair of integers"):
+    with pytest.raises(TypeError, match=r"^deform_conv2d: stride must be an integer or a pair of integers"):
         hdrops.deform_conv2d(**Case().tensors(torch.float32), stride=stride)
-    with pytest.raises(TypeError, match="^deform_conv2d: input must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"^deform_conv2d: input must be a tensor, got list"):
         hdrops.deform_conv2d([1.0], torch.zeros(1), torch.zeros(1))
 
 
 def test_other_backends_and_devices() -> None:
     case = Case()
     tensors = case.tensors(torch.float32)
-    with pytest.raises(NotImplementedError, match="deform_conv2d: backend cuda cannot run this call: the tensors are on cpu"):
+    with pytest.raises(
+        NotImplementedError, match="deform_conv2d: backend cuda cannot run this call: the tensors are on cpu"
+    ):
         hdrops.deform_conv2d(**tensors, **case.geometry, backend="cuda")
     with pytest.raises(ValueError, match="deform_conv2d: weight must be on input's device cpu, got meta"):
         hdrops.deform_conv2d(**{**tensors, "weight": tensors["weight"].to("meta")}, **case.geometry)
@@ -564,3 +616,10 @@ def test_positional_call_in_torchvisions_order() -> None:
         *(tensors[name] for name in ("input", "offset", "weight", "bias")), (2, 1), (1, 1), [1, 2], tensors["mask"]
     )
     assert torch.equal(positional, run(tensors, case)["output"])
+
+
+@pytest.mark.parametrize("module", ["hdrops.ops.deform_conv2d", "hdrops.nn"])
+def test_the_docstrings_examples_run(module: str) -> None:
+    results = doctest.testmod(sys.modules[module], extraglobs={"torch": torch, "hdrops": hdrops})
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -121,7 +121,9 @@ def test_weights(weight, dtype):
     stack, times, curve = bracket(dtype), log_times(4).float(), response(256).float()
     weight = torch.hann_window(weight) + 0.05 if isinstance(weight, int) else weight
     radiance = hdrops.merge_exposures(stack, times, curve, weight=weight)
-    assert_radiance(radiance, expected(stack, times, curve, weight=double(weight) if torch.is_tensor(weight) else weight))
+    assert_radiance(
+        radiance, expected(stack, times, curve, weight=double(weight) if torch.is_tensor(weight) else weight)
+    )
 
 
 def test_the_formula_written_out():
@@ -134,7 +136,7 @@ def test_the_formula_written_out():
         torch.testing.assert_close(radiance.flatten()[0], wanted, rtol=1e-5, atol=0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     n=st.integers(0, 3),
     frames=st.integers(1, 6),
@@ -203,7 +205,10 @@ def memorial(data: Path) -> Tensor:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gold_log_radiance_of_room(data, backend):
     stack, gold = room(data), np.load(data / "ref" / "room_merge_gold.npz")
-    times, curve = torch.from_numpy(gold["times"]).log()[None].float(), torch.from_numpy(gold["g"]).exp().T[None].float()
+    times, curve = (
+        torch.from_numpy(gold["times"]).log()[None].float(),
+        torch.from_numpy(gold["g"]).exp().T[None].float(),
+    )
     weight, step = torch.from_numpy(gold["w"]).float(), int(gold["stride"])
     per_channel = hdrops.merge_exposures(stack, times, curve, weight=weight, backend=backend)
     channel_mean = weight[stack.long()].mean(2, keepdim=True)
@@ -345,9 +350,7 @@ def test_entries_that_are_not_positive_count_as_the_smallest_response():
     repaired = torch.where(curve > 0, curve, 1e-7)
     for dtype in (torch.uint8, torch.float32):
         stack, times = bracket(dtype), log_times(4).float()
-        assert torch.equal(
-            hdrops.merge_exposures(stack, times, curve), hdrops.merge_exposures(stack, times, repaired)
-        )
+        assert torch.equal(hdrops.merge_exposures(stack, times, curve), hdrops.merge_exposures(stack, times, repaired))
 
 
 def test_empty_batch():
@@ -442,7 +445,11 @@ def test_only_asked_gradients_are_computed():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_any_number_of_threads_gives_the_same_bits(dtype, interleaved, threads):
-    stack, times, curve = bracket(dtype, 1, 3, 3, 260, 301, interleaved), log_times(3).float(), response(64, 1, 3).float()
+    stack, times, curve = (
+        bracket(dtype, 1, 3, 3, 260, 301, interleaved),
+        log_times(3).float(),
+        response(64, 1, 3).float(),
+    )
     output_gradient = torch.randn(1, 3, 260, 301)
     results = []
     for count in (1, 2, 3):
@@ -549,7 +556,11 @@ def test_fresh_memory_is_written_everywhere():
     torch.use_deterministic_algorithms(True)  # fills it with NaN
     try:
         for interleaved in (False, True):
-            stack, times, curve = bracket(torch.float32, interleaved=interleaved), log_times(4).float(), response(8).float()
+            stack, times, curve = (
+                bracket(torch.float32, interleaved=interleaved),
+                log_times(4).float(),
+                response(8).float(),
+            )
             got = gradients(hdrops.merge_exposures, stack, times, curve, torch.ones(2, 3, 9, 13))
             assert all(gradient.isfinite().all() for gradient in got)
     finally:
@@ -571,7 +582,10 @@ print(hdrops._load.simd_level())
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
-def test_every_instruction_set_agrees(level, tmp_path):
+def test_lower_instruction_sets_agree(level, tmp_path):
+    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    if levels.index(level) >= levels.index(hdrops._load.simd_level()):
+        pytest.skip(f"{level} is not below {hdrops._load.simd_level()}, which the other tests run on")
     cases = []
     for dtype in (torch.uint8, torch.uint16, torch.float32):
         inputs = (bracket(dtype), log_times(4).float(), response(19, 1, 3).float())
@@ -584,8 +598,7 @@ def test_every_instruction_set_agrees(level, tmp_path):
     command = [sys.executable, "-c", SIMD_SCRIPT, str(tmp_path / "cases.pt")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    if hdrops._load.simd_level() != "baseline":
-        assert result.stdout.strip() == level
+    assert result.stdout.strip() == level
 
 
 # Errors
@@ -608,8 +621,16 @@ def test_every_instruction_set_agrees(level, tmp_path):
         ({"curve": torch.arange(256)}, TypeError, "curve must be floating, got torch.int64"),
         ({"weight": "robertson"}, ValueError, "weight must be one of hat, debevec, uniform or a tensor.*'robertson'"),
         ({"weight": torch.rand(2, 3)}, ValueError, r"weight must be a table \[L\], got shape \[2, 3\]"),
-        ({"weight": torch.tensor([0.0, -1.0])}, ValueError, "weight must be finite and not negative, got -1 in entry 1"),
-        ({"mask": torch.ones(2, 4, 3, 5, 6)}, ValueError, r"mask must be \[N or 1, P, 1, H, W\] = \[2 or 1, 4, 1, 5, 6\]"),
+        (
+            {"weight": torch.tensor([0.0, -1.0])},
+            ValueError,
+            "weight must be finite and not negative, got -1 in entry 1",
+        ),
+        (
+            {"mask": torch.ones(2, 4, 3, 5, 6)},
+            ValueError,
+            r"mask must be \[N or 1, P, 1, H, W\] = \[2 or 1, 4, 1, 5, 6\]",
+        ),
         ({"mask": torch.ones(1, 4, 1, 5, 6).int()}, TypeError, "mask must be bool or floating, got torch.int32"),
         ({"backend": "opencl"}, ValueError, "backend must be one of"),
         ({"backend": "cuda"}, NotImplementedError, "has no cuda backend"),

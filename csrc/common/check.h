@@ -16,7 +16,7 @@ template <class... Parts>
 }  // namespace hdrops
 
 // HDROPS_CHECK(condition, "deform_conv2d: ", ...) throws with the text of the rest.
-#define HDROPS_CHECK(condition, ...)                 \
-  do {                                               \
-    if (!(condition)) ::hdrops::fail(__VA_ARGS__);   \
+#define HDROPS_CHECK(condition, ...)               \
+  do {                                             \
+    if (!(condition)) ::hdrops::fail(__VA_ARGS__); \
   } while (false)

@@ -35,35 +35,35 @@
 #endif
 
 #if defined(__x86_64__)
-#define HDROPS_ISA_CALL_WIDE(call)                 \
-  case ::hdrops::Isa::avx512_bf16:                 \
-  case ::hdrops::Isa::avx512:                      \
-    return avx512::call;                           \
-  case ::hdrops::Isa::avx2:                        \
+#define HDROPS_ISA_CALL_WIDE(call) \
+  case ::hdrops::Isa::avx512_bf16: \
+  case ::hdrops::Isa::avx512:      \
+    return avx512::call;           \
+  case ::hdrops::Isa::avx2:        \
     return avx2::call;
-#define HDROPS_ISA_CALL_BF16(call)                 \
-  case ::hdrops::Isa::avx512_bf16:                 \
-    return avx512_bf16::call;                      \
-  case ::hdrops::Isa::avx512:                      \
-    return avx512::call;                           \
-  case ::hdrops::Isa::avx2:                        \
+#define HDROPS_ISA_CALL_BF16(call) \
+  case ::hdrops::Isa::avx512_bf16: \
+    return avx512_bf16::call;      \
+  case ::hdrops::Isa::avx512:      \
+    return avx512::call;           \
+  case ::hdrops::Isa::avx2:        \
     return avx2::call;
 #else
 #define HDROPS_ISA_CALL_WIDE(call)
 #define HDROPS_ISA_CALL_BF16(call)
 #endif
 // `return call` of the best instruction set; the second form for sources compiled with HDROPS_ISA_WITH_BF16.
-#define HDROPS_ISA_CALL(call)                      \
-  switch (::hdrops::isa()) {                       \
-    HDROPS_ISA_CALL_WIDE(call)                     \
-    default:                                       \
-      return baseline::call;                       \
+#define HDROPS_ISA_CALL(call)  \
+  switch (::hdrops::isa()) {   \
+    HDROPS_ISA_CALL_WIDE(call) \
+    default:                   \
+      return baseline::call;   \
   }
-#define HDROPS_ISA_CALL_WITH_BF16(call)            \
-  switch (::hdrops::isa()) {                       \
-    HDROPS_ISA_CALL_BF16(call)                     \
-    default:                                       \
-      return baseline::call;                       \
+#define HDROPS_ISA_CALL_WITH_BF16(call) \
+  switch (::hdrops::isa()) {            \
+    HDROPS_ISA_CALL_BF16(call)          \
+    default:                            \
+      return baseline::call;            \
   }
 #endif  // HDROPS_FOREACH_ISA
 

@@ -20,4 +20,8 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+Buffer::Buffer(int64_t bytes) : memory_(bytes) {}
+Buffer::~Buffer() = default;
+void* Buffer::data() const { return memory_.get(); }
+
 }  // namespace hdrops

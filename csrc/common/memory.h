@@ -30,4 +30,18 @@ class Scratch {
   T* data_;
 };
 
+// The same, untyped and compiled once for every machine, so that kernels compiled per instruction set may own one
+// (foreach_isa.h says why they may not own a Scratch).
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data() const;
+
+ private:
+  Scratch<char> memory_;
+};
+
 }  // namespace hdrops

@@ -14,8 +14,7 @@ void parallel_for_erased(int64_t count, int64_t grain, RangeBody body, void* con
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& body) {
   parallel_for_erased(
-      count, grain,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<F*>(&body));
 }
 

@@ -138,16 +138,38 @@ HDROPS_HD void narrow(double value, double* target) { *target = value; }
 HDROPS_HD void narrow(float value, bfloat16* target) { *target = to_bfloat16(value); }
 HDROPS_HD void narrow(float value, float16* target) { *target = to_float16(value); }
 
+// The lower half of the lanes plus the upper.
+template <class T, int N>
+HDROPS_HD vec<T, N / 2> add_halves(vec<T, N> value) {
+  vec<T, N / 2> low, high;
+  __builtin_memcpy(&low, &value, sizeof low);
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+  return low + high;
+}
+
 // Sum of the lanes, pairwise, in an order fixed by N.
 template <class T, int N>
 HDROPS_HD T reduce_add(vec<T, N> value) {
   if constexpr (N == 1) {
     return value[0];
   } else {
-    vec<T, N / 2> low, high;
-    __builtin_memcpy(&low, &value, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
-    return reduce_add<T, N / 2>(low + high);
+    return reduce_add<T, N / 2>(add_halves<T, N>(value));
+  }
+}
+
+// The four sums of lanes, by pairwise additions that four vectors share.
+template <class T, int N>
+HDROPS_HD void reduce_four(vec<T, N> a, vec<T, N> b, vec<T, N> c, vec<T, N> d, T* sum_a, T* sum_b, T* sum_c, T* sum_d) {
+  if constexpr (N < 4) {
+    *sum_a = reduce_add<T, N>(a), *sum_b = reduce_add<T, N>(b), *sum_c = reduce_add<T, N>(c), *sum_d = reduce_add<T, N>(d);
+  } else if constexpr (N > 4) {
+    reduce_four<T, N / 2>(add_halves<T, N>(a), add_halves<T, N>(b), add_halves<T, N>(c), add_halves<T, N>(d), sum_a,
+                          sum_b, sum_c, sum_d);
+  } else {
+    auto ab = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+    auto cd = __builtin_shufflevector(c, d, 0, 4, 2, 6) + __builtin_shufflevector(c, d, 1, 5, 3, 7);
+    auto sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    *sum_a = sums[0], *sum_b = sums[1], *sum_c = sums[2], *sum_d = sums[3];
   }
 }
 

@@ -77,11 +77,12 @@ void check_same_sizes(const char* op, const char* name, const Tensor& tensor, co
 // From the dtypes of pixels and curve to the kernels' types: f.template operator()<In, Out>().
 template <class F>
 auto dispatch_lookup(ScalarType input, ScalarType curve, const char* op, F&& f) {
-  return dispatch_floating(input == ScalarType::Byte || input == ScalarType::UInt16 ? curve : input, op, [&]<class T>() {
-    if (input == ScalarType::Byte) return f.template operator()<uint8_t, T>();
-    if (input == ScalarType::UInt16) return f.template operator()<uint16_t, T>();
-    return f.template operator()<T, T>();
-  });
+  return dispatch_floating(input == ScalarType::Byte || input == ScalarType::UInt16 ? curve : input, op,
+                           [&]<class T>() {
+                             if (input == ScalarType::Byte) return f.template operator()<uint8_t, T>();
+                             if (input == ScalarType::UInt16) return f.template operator()<uint16_t, T>();
+                             return f.template operator()<T, T>();
+                           });
 }
 
 bool is_code(ScalarType dtype) { return dtype == ScalarType::Byte || dtype == ScalarType::UInt16; }

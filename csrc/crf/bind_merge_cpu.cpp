@@ -40,8 +40,10 @@ struct Bracket {
 
   Bracket(const Tensor& stack_, const Tensor& log_exposures_, const std::optional<Tensor>& curve_,
           const Tensor& weight_, const std::optional<Tensor>& mask_, bool fallback_)
-      : stack(stack_), log_exposures(torch::stable::contiguous(log_exposures_)),
-        weight(torch::stable::contiguous(weight_)), fallback(fallback_) {
+      : stack(stack_),
+        log_exposures(torch::stable::contiguous(log_exposures_)),
+        weight(torch::stable::contiguous(weight_)),
+        fallback(fallback_) {
     HDROPS_CHECK(stack.dim() == 5 && stack.size(1) >= 1, kOp, ": stack must be [N, P, C, H, W] with P >= 1");
     const int64_t c = stack.size(2), h = stack.size(3), w = stack.size(4);
     const bool planar = frames_have_strides(stack, h * w, w, 1);
@@ -220,9 +222,9 @@ void run_backward(const Bracket& bracket, const Tensor& grad_output, Tensor& gra
 
   const int64_t streams_per_image = p.interleaved ? 1 : p.channels;
   if (wanted[1]) {
-    copy_to<A>(sum_parts(time_parts, tasks, p.frames, streams_per_image, bracket.per_image(bracket.log_exposures),
-                         false),
-               grad_log_exposures);
+    copy_to<A>(
+        sum_parts(time_parts, tasks, p.frames, streams_per_image, bracket.per_image(bracket.log_exposures), false),
+        grad_log_exposures);
   }
   if (wanted[2]) {
     auto sums = sum_parts(curve_parts, tasks, curve_part, streams_per_image, bracket.per_image(*bracket.curve),
@@ -235,9 +237,9 @@ void run_backward(const Bracket& bracket, const Tensor& grad_output, Tensor& gra
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& stack,
-                                            const Tensor& log_exposures, const std::optional<Tensor>& curve,
-                                            const Tensor& weight, const std::optional<Tensor>& mask, bool fallback,
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& stack, const Tensor& log_exposures,
+                                            const std::optional<Tensor>& curve, const Tensor& weight,
+                                            const std::optional<Tensor>& mask, bool fallback,
                                             std::vector<bool> wanted) {
   const Bracket bracket(stack, log_exposures, curve, weight, mask, fallback);
   HDROPS_CHECK(wanted.size() == 3, kOp, ": output_mask must have 3 entries");

@@ -59,19 +59,20 @@ void tent_histogram_cpu(const TentParams& p) {
   }
   if (p.interleaved) {
     return parallel_for(p.n * p.p, 512, [&](int64_t begin, int64_t end) {
-      dispatch_tent_pixels<T>(p, static_cast<const A*>(scale.get()), static_cast<const A*>(centre.get()),
-                              channel.get(), begin, end);
+      dispatch_tent_pixels<T>(p, static_cast<const A*>(scale.get()), static_cast<const A*>(centre.get()), channel.get(),
+                              begin, end);
     });
   }
-  parallel_for(p.n * p.c * ceil_div(p.p, kPixelsPerPiece), 1, [&](int64_t begin, int64_t end) {
-    dispatch_tent_planes<T>(p, static_cast<const A*>(scale.get()), static_cast<const A*>(centre.get()), begin, end);
-  });
+  parallel_for(p.n * p.c * ceil_div(p.p, kPixelsPerPiece), p.p < kPixelsPerPiece ? 1 + kPixelsPerPiece / p.p : 1,
+               [&](int64_t begin, int64_t end) {
+                 dispatch_tent_planes<T>(p, static_cast<const A*>(scale.get()), static_cast<const A*>(centre.get()),
+                                         begin, end);
+               });
 }
 
 template <class T>
 void tent_histogram_backward_cpu(const TentParams& p) {
-  parallel_for(p.n * p.c * p.p, 4096,
-               [&](int64_t begin, int64_t end) { dispatch_tent_backward<T>(p, begin, end); });
+  parallel_for(p.n * p.c * p.p, 4096, [&](int64_t begin, int64_t end) { dispatch_tent_backward<T>(p, begin, end); });
 }
 
 template <class T>
@@ -81,9 +82,8 @@ void value_histogram_cpu(const ValueHistogramParams& p) {
   Parts parts = cut(p.layout, kPixelsPerPart + 8 * table_size, most_parts);
   int64_t units = p.layout.groups * parts.per_group;
   Scratch<double> sums(units * table_size);
-  parallel_for(units, 1, [&](int64_t begin, int64_t end) {
-    dispatch_count<T>(p, sums.get(), parts, begin, end);
-  });
+  parallel_for(units, parts.grain(),
+               [&](int64_t begin, int64_t end) { dispatch_count<T>(p, sums.get(), parts, begin, end); });
   T* output = static_cast<T*>(p.output);
   for (int64_t i = 0; i < p.layout.groups * table_size; ++i) {
     const double* of_group = sums.get() + i / table_size * table_size * parts.per_group + i % table_size;
@@ -105,15 +105,15 @@ void value_histogram_backward_cpu(const ValueHistogramParams& p) {
     slopes.get()[i] = baseline::widen(grad[i]) / A(2 * (bin > 0 ? bin : 1));
   }
   Parts parts = cut(p.layout, kPixelsPerPart, INT64_MAX);
-  parallel_for(p.layout.groups * parts.per_group, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(p.layout.groups * parts.per_group, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_slopes<T>(p, static_cast<const A*>(slopes.get()), parts, begin, end);
   });
 }
 
-#define HDROPS_INSTANTIATE(T)                                                \
-  template void tent_histogram_cpu<T>(const TentParams&);                    \
-  template void tent_histogram_backward_cpu<T>(const TentParams&);           \
-  template void value_histogram_cpu<T>(const ValueHistogramParams&);         \
+#define HDROPS_INSTANTIATE(T)                                        \
+  template void tent_histogram_cpu<T>(const TentParams&);            \
+  template void tent_histogram_backward_cpu<T>(const TentParams&);   \
+  template void value_histogram_cpu<T>(const ValueHistogramParams&); \
   template void value_histogram_backward_cpu<T>(const ValueHistogramParams&);
 HDROPS_INSTANTIATE(float)
 HDROPS_INSTANTIATE(double)

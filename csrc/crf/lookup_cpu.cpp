@@ -56,7 +56,7 @@ void forward(const LookupParams& p) {
   }
   const A* tables = Linear ? pairs.get() : curve;
   Parts parts = cut(p.layout, kPixelsPerPart, INT64_MAX);
-  parallel_for(p.layout.groups * parts.per_group, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(p.layout.groups * parts.per_group, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_lookup(LookupTypes<Linear, In, Out>{}, p, tables, parts, begin, end);
   });
 }
@@ -89,14 +89,13 @@ void backward(const LookupParams& p) {
   Parts parts = cut(p.layout, least, most);
   int64_t units = p.layout.groups * parts.per_group;
   Scratch<double> sums(summing ? units * per_part : 0);
-  parallel_for(units, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(units, parts.grain(), [&](int64_t begin, int64_t end) {
     dispatch_lookup_backward(LookupTypes<Linear, In, Out>{}, p, slopes.get(), summing ? sums.get() : nullptr, parts,
                              begin, end);
   });
   if (!summing) return;
-  parallel_for(p.layout.groups * per_part, 4096, [&](int64_t begin, int64_t end) {
-    add_parts(sums.get(), per_part, parts.per_group, begin, end);
-  });
+  parallel_for(p.layout.groups * per_part, 4096,
+               [&](int64_t begin, int64_t end) { add_parts(sums.get(), per_part, parts.per_group, begin, end); });
   A* grad_curve = static_cast<A*>(p.grad_curve);
   for (int64_t k = 0; k < curves; ++k) {
     int64_t group = k / p.layout.width, channel = k % p.layout.width;
@@ -125,12 +124,12 @@ void crf_lookup_backward_cpu(const LookupParams& p) {
   backward<false, In, Out>(p);
 }
 
-#define HDROPS_INSTANTIATE(In, Out)                               \
-  template void crf_lookup_cpu<In, Out>(const LookupParams&);     \
+#define HDROPS_INSTANTIATE(In, Out)                           \
+  template void crf_lookup_cpu<In, Out>(const LookupParams&); \
   template void crf_lookup_backward_cpu<In, Out>(const LookupParams&);
-#define HDROPS_INSTANTIATE_OUT(Out)  \
-  HDROPS_INSTANTIATE(Out, Out)       \
-  HDROPS_INSTANTIATE(uint8_t, Out)   \
+#define HDROPS_INSTANTIATE_OUT(Out) \
+  HDROPS_INSTANTIATE(Out, Out)      \
+  HDROPS_INSTANTIATE(uint8_t, Out)  \
   HDROPS_INSTANTIATE(uint16_t, Out)
 HDROPS_INSTANTIATE_OUT(float)
 HDROPS_INSTANTIATE_OUT(double)

@@ -42,6 +42,8 @@ HDROPS_HD Run run_at(const CurveLayout& layout, int64_t group, int64_t begin, in
 struct Parts {
   int64_t per_group, length;  // length: of a group
 
+  // Parts a thread should have at least, so that a small image does not wake the others.
+  int64_t grain() const { return 1 + 16384 / (1 + length / per_group); }
   HDROPS_HD int64_t begin(int64_t part) const { return length / per_group * part + min(length % per_group, part); }
   HDROPS_HD static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };

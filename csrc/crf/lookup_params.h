@@ -7,11 +7,11 @@ namespace hdrops {
 struct LookupParams {
   CurveLayout layout;
   int64_t levels;
-  bool linear;            // float input: linear or nearest
-  double gradient_scale;  // of the nearest slope
-  const void* curve;      // [curves, levels], in the accumulation type
-  const void* input;      // In
-  void* output;           // forward: Out
+  bool linear;              // float input: linear or nearest
+  double gradient_scale;    // of the nearest slope
+  const void* curve;        // [curves, levels], in the accumulation type
+  const void* input;        // In
+  void* output;             // forward: Out
   const void* grad_output;  // backward: Out
   void* grad_input;         // Out, or null where it is not wanted
   void* grad_curve;         // [curves, levels] in the accumulation type, or null where it is not wanted

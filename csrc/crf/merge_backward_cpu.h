@@ -176,9 +176,14 @@ void merge_backward_tasks(const MergeParams<A>& p, const MergeTasks& tasks, int6
   for (int64_t task = first_task; task < tasks.count(); task += task_step) {
     const int64_t stream = task / tasks.tasks_per_stream;
     int64_t begin = task % tasks.tasks_per_stream * tasks.task_length;
-    const int64_t end = begin + tasks.task_length < tasks.stream_length ? begin + tasks.task_length
-                                                                        : tasks.stream_length;
-    MergeBackward<T, Out, A> b{p,     gradients, ws, merge_stream<T>(p, stream), begin, nullptr,
+    const int64_t end =
+        begin + tasks.task_length < tasks.stream_length ? begin + tasks.task_length : tasks.stream_length;
+    MergeBackward<T, Out, A> b{p,
+                               gradients,
+                               ws,
+                               merge_stream<T>(p, stream),
+                               begin,
+                               nullptr,
                                gradients.log_exposures + task * p.frames,
                                gradients.curve == nullptr ? nullptr : gradients.curve + task * curve_size};
     __builtin_memset(b.log_exposures, 0, size_t(p.frames) * sizeof(double));

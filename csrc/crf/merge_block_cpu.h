@@ -108,8 +108,7 @@ struct FrameTerms {
 
 // `offset`: of each element's channel in the curve, or null.
 template <class T, int N, class A>
-HDROPS_HD FrameTerms<N, A> frame_terms(const MergeParams<A>& p, const A* curve, const int32_t* offset,
-                                       vec<A, N> raw) {
+HDROPS_HD FrameTerms<N, A> frame_terms(const MergeParams<A>& p, const A* curve, const int32_t* offset, vec<A, N> raw) {
   const vec<A, N> zero = splat<N>(A(0)), top = splat<N>(A(kMergeMax<T>));
   vec<A, N> reading = raw > zero ? raw : zero;  // a NaN becomes 0
   reading = reading < top ? reading : top;
@@ -176,21 +175,33 @@ void order_tied(MergeWorkspace<T, A>& ws, int64_t first, int64_t last, int64_t b
   }
 }
 
-// A frame's mask, one share an element, none below 0.
+// Each pixel's share as often as it has channels; kRepeat where the compiler shall know how often.
+template <int kRepeat, class M, class A>
+void repeat_shares(const M* mask, int64_t count, int64_t channels, A* share) {
+  const int64_t repeat = kRepeat > 0 ? kRepeat : channels;
+  for (int64_t i = 0; i < count; i += repeat, ++mask) {
+    const A value = *mask > 0 ? A(*mask) : A(0);  // none below 0, and none NaN
+    for (int64_t c = 0; c < repeat; ++c) share[i + c] = value;
+  }
+}
+
+template <class M, class A>
+void expand_mask(const M* mask, int64_t count, int64_t repeat, A* share) {
+  if (repeat == 1) return repeat_shares<1>(mask, count, repeat, share);
+  if (repeat == 3) return repeat_shares<3>(mask, count, repeat, share);
+  repeat_shares<0>(mask, count, repeat, share);
+}
+
+// A frame's mask, one share an element; a boolean one is bytes of 0 and 1.
 template <class T, class A>
-void expand_mask(const MergeParams<A>& p, int64_t image, int64_t frame, int64_t first_pixel, int64_t count, A* share) {
-  const int64_t at = image * p.mask_stride_n + frame * p.pixels + first_pixel;
+void frame_shares(const MergeParams<A>& p, const MergeStream<T, A>& s, int64_t frame, int64_t begin, int64_t count,
+                  A* share) {
   const int64_t repeat = p.interleaved ? p.channels : 1;
-  const uint8_t* kept = static_cast<const uint8_t*>(p.mask) + at;
-  const A* part = static_cast<const A*>(p.mask) + at;
-  for (int64_t pixel = 0, i = 0; i < count; ++pixel) {
-    A value;
-    if (p.mask_kind == MergeMask::boolean) {
-      value = kept[pixel] != 0 ? A(1) : A(0);
-    } else {
-      value = part[pixel] > 0 ? part[pixel] : A(0);
-    }
-    for (int64_t c = 0; c < repeat; ++c, ++i) share[i] = value;
+  const int64_t at = s.image * p.mask_stride_n + frame * p.pixels + begin / repeat;
+  if (p.mask_kind == MergeMask::boolean) {
+    expand_mask(static_cast<const uint8_t*>(p.mask) + at, count, repeat, share);
+  } else {
+    expand_mask(static_cast<const A*>(p.mask) + at, count, repeat, share);
   }
 }
 
@@ -203,7 +214,7 @@ void prepare(const MergeParams<A>& p, const MergeStream<T, A>& s, int64_t begin,
     ws.share[j] = ws.ordered_share[j] = nullptr;
     if (p.mask_kind != MergeMask::none) {
       A* share = ws.share_block + j * block;
-      expand_mask<T, A>(p, s.image, s.order[j], p.interleaved ? begin / p.channels : begin, count, share);
+      frame_shares(p, s, s.order[j], begin, count, share);
       ws.share[j] = ws.ordered_share[j] = share;
     }
   }
@@ -245,8 +256,12 @@ HDROPS_HD void accumulate_readings(const MergeParams<A>& p, const MergeStream<T,
 template <class A>
 constexpr int kPairLanes = 16 / int(sizeof(A));
 
+// Which table a code is read in: one for all; those of three channels in turn, from a channel known to the compiler, so
+// that the channel is part of the address; or as table_offset says.
+constexpr int kOneTable = -1, kAnyChannels = 3;
+
 // Sums of kGroup 8-bit codes from i: as many accumulators stay in registers while the frames go by.
-template <int kGroup, bool kOffsets, bool kShares, class A>
+template <int kGroup, int kChannel, bool kShares, class A>
 HDROPS_HD void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
                                 MergeWorkspace<uint8_t, A>& ws, int64_t i) {
   constexpr int L = kPairLanes<A>;
@@ -256,7 +271,11 @@ HDROPS_HD void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8
     const uint8_t* row = ws.ordered_row[j] + i;
     for (int k = 0; k < kGroup; ++k) {
       const A* pair = table + 2 * int64_t(row[k]);
-      if constexpr (kOffsets) pair += ws.table_offset[i + k];
+      if constexpr (kChannel == kAnyChannels) {
+        pair += ws.table_offset[i + k];
+      } else if constexpr (kChannel != kOneTable) {
+        pair += (kChannel + k) % 3 * 2 * kCodes8;
+      }
       vec<A, L> terms = load<L>(pair);
       if constexpr (kShares) terms *= ws.ordered_share[j][i + k];
       sums[k] += terms;
@@ -268,24 +287,32 @@ HDROPS_HD void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8
   }
 }
 
-template <bool kOffsets, bool kShares, class A>
+template <bool kShares, class A>
 void accumulate_all_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
                           int64_t count) {
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) accumulate_codes<8, kOffsets, kShares>(p, s, ws, i);
-  for (; i < count; ++i) accumulate_codes<1, kOffsets, kShares>(p, s, ws, i);
+  if (!p.interleaved || p.table_stride_c == 0) {
+    for (; i + 8 <= count; i += 8) accumulate_codes<8, kOneTable, kShares>(p, s, ws, i);
+    for (; i < count; ++i) accumulate_codes<1, kOneTable, kShares>(p, s, ws, i);
+    return;
+  }
+  if (p.channels == 3) {
+    for (; i + 24 <= count; i += 24) {
+      accumulate_codes<8, 0, kShares>(p, s, ws, i);
+      accumulate_codes<8, 2, kShares>(p, s, ws, i + 8);
+      accumulate_codes<8, 1, kShares>(p, s, ws, i + 16);
+    }
+  }
+  for (; i + 8 <= count; i += 8) accumulate_codes<8, kAnyChannels, kShares>(p, s, ws, i);
+  for (; i < count; ++i) accumulate_codes<1, kAnyChannels, kShares>(p, s, ws, i);
 }
 
 // Sums of a prepared block.
 template <class T, class A>
 void accumulate(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
   if constexpr (sizeof(T) == 1) {
-    const bool offsets = p.interleaved && p.table_stride_c != 0, shares = p.mask_kind != MergeMask::none;
-    if (offsets) {
-      shares ? accumulate_all_codes<true, true>(p, s, ws, count) : accumulate_all_codes<true, false>(p, s, ws, count);
-    } else {
-      shares ? accumulate_all_codes<false, true>(p, s, ws, count) : accumulate_all_codes<false, false>(p, s, ws, count);
-    }
+    p.mask_kind != MergeMask::none ? accumulate_all_codes<true>(p, s, ws, count)
+                                   : accumulate_all_codes<false>(p, s, ws, count);
   } else {
     constexpr int N = kLanes<A>;
     int64_t i = 0;

@@ -64,10 +64,10 @@ void merge_backward_cpu(const MergeParams<A>& p, const MergeTasks& tasks, const 
   });
 }
 
-#define HDROPS_INSTANTIATE(T, Out, A)                                                   \
-  template void merge_forward_cpu<T, Out, A>(const MergeParams<A>&, Out*);              \
-  template void merge_backward_cpu<T, Out, A>(const MergeParams<A>&, const MergeTasks&, \
-                                              const Out*, const MergeGradients&);
+#define HDROPS_INSTANTIATE(T, Out, A)                                                               \
+  template void merge_forward_cpu<T, Out, A>(const MergeParams<A>&, Out*);                          \
+  template void merge_backward_cpu<T, Out, A>(const MergeParams<A>&, const MergeTasks&, const Out*, \
+                                              const MergeGradients&);
 HDROPS_INSTANTIATE(uint8_t, float, float)
 HDROPS_INSTANTIATE(uint8_t, double, double)
 HDROPS_INSTANTIATE(uint16_t, float, float)

@@ -29,8 +29,8 @@ void merge_forward_tasks(const MergeParams<A>& p, const MergeTasks& tasks, int64
     const int64_t stream = task / tasks.tasks_per_stream;
     const MergeStream<T, A> s = merge_stream<T>(p, stream);
     int64_t begin = task % tasks.tasks_per_stream * tasks.task_length;
-    const int64_t end = begin + tasks.task_length < tasks.stream_length ? begin + tasks.task_length
-                                                                        : tasks.stream_length;
+    const int64_t end =
+        begin + tasks.task_length < tasks.stream_length ? begin + tasks.task_length : tasks.stream_length;
     for (; begin < end; begin += block) {
       const int64_t count = end - begin < block ? end - begin : block;
       prepare(p, s, begin, block, count, ws);

@@ -1,4 +1,5 @@
-// Everything of exposure merging that is compiled per instruction set (merge_cpu.cpp).
+// Everything of exposure merging that is compiled per instruction set (merge_cpu.cpp), in order of dependence.
+// clang-format off
 #include "common/vmath.h"
 #include "crf/merge_block_cpu.h"
 #include "crf/merge_forward_cpu.h"

@@ -75,9 +75,8 @@ void MergePlan<A>::tabulate(MergeParams<A>& params, int64_t exposure_images, int
   for (int64_t k = 0; k < curves; ++k) {
     for (int z = 0; z < kCodes8; ++z) {
       double linear = z > 0 ? double(z) / (kCodes8 - 1) : kSmallestResponse;
-      double response = params.curve != nullptr
-                            ? at_code(params.curve + k * params.curve_length, params.curve_length, z)
-                            : linear;
+      double response =
+          params.curve != nullptr ? at_code(params.curve + k * params.curve_length, params.curve_length, z) : linear;
       log_curve_->get()[k * kCodes8 + z] = A(std::log(response));
     }
   }

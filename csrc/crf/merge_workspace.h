@@ -10,8 +10,12 @@ class MergeWorkspace {
  public:
   // `bins`: sums kept for the gradients of one stream's curve and exposure times.
   MergeWorkspace(int64_t frames, int64_t block, int64_t bins)
-      : pointers_(4 * frames), tied_(frames * block), shares_(3 * frames * block), sums_(4 * block + frames + 64),
-        indices_(3 * block + frames), bins_(bins + 1) {
+      : pointers_(4 * frames),
+        tied_(frames * block),
+        shares_(3 * frames * block),
+        sums_(4 * block + frames + 64),
+        indices_(3 * block + frames),
+        bins_(bins + 1) {
     row = reinterpret_cast<const T**>(pointers_.get());
     ordered_row = reinterpret_cast<const T**>(pointers_.get() + frames);
     share = reinterpret_cast<const A**>(pointers_.get() + 2 * frames);
@@ -36,14 +40,14 @@ class MergeWorkspace {
   // The same with frames of equal exposure sorted by reading, element by element.
   const T** ordered_row;
   const A** ordered_share;
-  T* tied_reading;   // [P, B], what ordered_row points to where exposures are equal
-  A* share_block;    // [P, B]
-  A* tied_share;     // [P, B]
-  A* weight_sum;     // [B]
-  A* value_sum;      // [B], of w (ln g - ln t)
-  A* log_radiance;   // [B]
-  A* gain;           // [B], of the backward pass
-  A* fraction;       // [P], of one element: d ln E / d (ln g - ln t) of each frame
+  T* tied_reading;        // [P, B], what ordered_row points to where exposures are equal
+  A* share_block;         // [P, B]
+  A* tied_share;          // [P, B]
+  A* weight_sum;          // [B]
+  A* value_sum;           // [B], of w (ln g - ln t)
+  A* log_radiance;        // [B]
+  A* gain;                // [B], of the backward pass
+  A* fraction;            // [P], of one element: d ln E / d (ln g - ln t) of each frame
   int32_t* rank;          // [P]
   int32_t* curve_offset;  // [B], of each element's channel in an interleaved stream
   int32_t* table_offset;  // [B]

@@ -42,6 +42,10 @@ struct Params {
   int64_t out_pixels() const { return out_height * out_width; }
 };
 
+// Whether the CPU kernels address an image of that many elements by 64-bit indices; HDROPS_INDEX_WIDTH=64 in the
+// environment makes every size need them, so that tests reach that path without 2^31 elements.
+bool needs_wide_index(int64_t image_elements);
+
 // The CPU kernels; T is float, double, bfloat16 or float16.
 template <class T>
 void forward_cpu(const Params& params);

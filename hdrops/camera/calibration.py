@@ -65,6 +65,12 @@ def estimate_crf(
     codes, excluded = sample_stack(stack, samples, mask, seed)
     if smoothness is None:
         smoothness = 20 * (codes.shape[-2] / 150) ** 0.5
-    log_times = log_exposures.to(stack.device).expand(batch, frames).unsqueeze(1)
+    log_times = log_exposures.to(stack.device).expand(batch, frames)
+    # By exposure, so that the order of the frames changes not even the rounding of a sum.
+    order = log_times.detach().argsort(stable=True, dim=-1)
+    log_times = log_times.gather(-1, order).unsqueeze(1)
+    order = order.view(batch, 1, 1, frames).expand(codes.shape)
+    codes = codes.gather(-1, order)
+    excluded = None if excluded is None else excluded.gather(-1, order)
     log_response, _ = METHODS[method](codes, log_times, smoothness=smoothness, mask=excluded)
     return monotone_from_middle(log_response).exp()

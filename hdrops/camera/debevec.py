@@ -101,8 +101,8 @@ def _factor(rows: _Rows, table: Tensor, smoothness: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool((info != 0).any()):
         raise ValueError(
-            f"solve_debevec: {int((info != 0).sum())} of {info.numel()} systems are singular: no sample is well "
-            "exposed, at different codes, in two frames, so nothing fixes the slope of the curve"
+            f"solve_debevec: {int((info != 0).sum())} of {info.numel()} systems are singular to rounding: too few "
+            f"samples, a weight that is 0 at inner codes, or a smoothness ({smoothness}) out of proportion"
         )
     return factor
 
@@ -121,6 +121,7 @@ class _Debevec(torch.autograd.Function):
     @staticmethod
     def forward(codes, log_exposures, table, mask, smoothness):  # type: ignore[no-untyped-def]
         rows = _Rows(codes, table, mask)
+        rows.require_slope("solve_debevec")
         factor = _factor(rows, table, smoothness)
         curve, radiance = _solve(rows, factor, log_exposures.expand(codes.shape))
         return curve, radiance, factor

@@ -99,9 +99,10 @@ class EMoR(nn.Module):
         curves = [power * logarithm, power * logarithm.square()]
         curves += [torch.sin(torch.pi * k * x) for k in range(1, components)]
         stacked = torch.stack(curves[:components], dim=1)
-        stacked[[0, -1]] = 0
         orthonormal, triangle = torch.linalg.qr(stacked)
-        return cls(power, (orthonormal * triangle.diagonal().sign()).mT.contiguous())
+        basis = (orthonormal * triangle.diagonal().sign()).mT.contiguous()
+        basis[:, [0, -1]] = 0
+        return cls(power, basis)
 
     def curve(self, coefficients: Tensor) -> Tensor:
         """Monotone curves [..., S], from 0 to 1, of coefficients [..., K'], K' <= K: of the first K' basis curves.

@@ -106,6 +106,22 @@ class Observations:
         upper = values * self.fraction
         return scatter(self.lower, values - upper, self.levels) + scatter(self.lower + 1, upper, self.levels)
 
+    def require_slope(self, name: str) -> None:
+        """Raises ValueError unless, for every curve, a sample shows different codes with weight in two frames.
+
+        Without one, any slope of the curve fits the data, and smoothness does not choose either.
+        """
+        position = self.lower if self.fraction is None else self.lower + self.fraction.detach()
+        weighted = self.weight > 0
+        lowest = torch.where(weighted, position, torch.inf).amin(-1)
+        highest = torch.where(weighted, position, -torch.inf).amax(-1)
+        lacking = ~(highest > lowest).any(-1)
+        if bool(lacking.any()):
+            raise ValueError(
+                f"{name}: in {int(lacking.sum())} of {lacking.numel()} images times channels no sample is well "
+                "exposed, at different codes, in two frames, so nothing fixes the slope of the curve"
+            )
+
     def codes_read(self) -> Tensor:
         """The codes each sample reads: int64 [B, S, K], K = P or, for fractional codes, 2 P."""
         return self.lower if self.fraction is None else torch.cat((self.lower, self.lower + 1), -1)

@@ -81,7 +81,7 @@ def load_response(path: str | os.PathLike[str]) -> Tensor:
         )
     if not np.isfinite(array).all() or (array < 0).any():
         raise ValueError(f"load_response: {path}: the response must be finite and not negative at every code")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C", copy=True))
 
 
 def _write_then_rename(path: Path, write: Callable[[BinaryIO], None]) -> None:

@@ -51,12 +51,13 @@ def solve_robertson(
         computed in float64. No gradient.
 
     Raises:
-        ValueError: shapes, code range, or samples that inform fewer than two codes. TypeError: dtypes.
+        ValueError: shapes, code range, or samples that do not determine a curve. TypeError: dtypes.
     """
     check_samples("solve_robertson", codes, log_exposures, smoothness, levels, mask)
     lead, flat_codes, log_times, flat_mask = flatten_batch(codes.detach(), log_exposures.detach(), mask)
     table = weight_table(weight, levels, codes.device)
     seen = Observations(flat_codes, table, flat_mask)
+    seen.require_slope("solve_robertson")
     # Radiance is relative: times around 1 keep every sum in range.
     middle_time = log_times.mean(-1, keepdim=True)
     log_times = log_times - middle_time
@@ -108,8 +109,8 @@ def _alternate(
     factor, info = torch.linalg.cholesky_ex(system)
     if bool((info != 0).any()):
         raise ValueError(
-            f"solve_robertson: in {int((info != 0).sum())} of {info.numel()} systems the samples inform fewer than two "
-            "codes, so nothing fixes the slope of the curve"
+            f"solve_robertson: {int((info != 0).sum())} of {info.numel()} systems are singular to rounding: too few "
+            f"samples, a weight that is 0 at inner codes, or a smoothness ({smoothness}) out of proportion"
         )
     # A straight line to start with, as in the paper, and above 0 so that its logarithm is finite.
     middle = seen.levels // 2

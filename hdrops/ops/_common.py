@@ -30,14 +30,16 @@ def checked_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -
         TypeError: something else than integers.
         ValueError: not one or two of them, or one below ``minimum``.
     """
-    rule = f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}"
-    if not isinstance(value, (int, torch.SymInt, tuple, list)):
-        raise TypeError(rule)
-    values = (value, value) if isinstance(value, (int, torch.SymInt)) else tuple(value)
-    if not all(isinstance(item, (int, torch.SymInt)) for item in values):
-        raise TypeError(rule)
+
+    def rule() -> str:
+        return f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}"
+
+    values = value if isinstance(value, (tuple, list)) else (value, value)
+    for item in values:
+        if not isinstance(item, (int, torch.SymInt)):
+            raise TypeError(rule())
     if len(values) != 2 or values[0] < minimum or values[1] < minimum:
-        raise ValueError(rule)
+        raise ValueError(rule())
     return values[0], values[1]
 
 
@@ -106,6 +108,26 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
     return tensor.to(dtype)
+
+
+def refuse_functional_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raises under a derivative transform of ``torch.func``, which a compiled operator cannot take part in.
+
+    Forward mode (jvp, jacfwd) would drop the tangent in silence; reverse mode (grad, vjp, jacrev) would speak of an
+    autograd.Function that the caller has never seen. ``torch.func.vmap`` is fine.
+    """
+    _backends.refuse_forward_ad(op, *tensors)
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor):
+                raise NotImplementedError(
+                    f"{op}: torch.func.grad, vjp and jacrev are not built into the kernels; "
+                    "torch.autograd.grad is, and backend='reference' supports them"
+                )
+            tensor = functorch.get_unwrapped(tensor)
 
 
 def refuse_double_backward(name: str) -> None:

@@ -7,7 +7,7 @@ response curve must keep its precision.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,7 @@ def crf_lookup(
     return output
 
 
-def quantize_ste(
-    input: Tensor, *, levels: int = 256, gradient: str = "inside", backend: str | None = None
-) -> Tensor:
+def quantize_ste(input: Tensor, *, levels: int = 256, gradient: str = "inside", backend: str | None = None) -> Tensor:
     r"""Rounds to ``levels`` equally spaced values of [0, 1], with a straight-through gradient.
 
     .. math::
@@ -228,10 +226,9 @@ def _spread_over_codes(curves: Tensor, codes: int, mode: str) -> Tensor:
     """Curves [N|1, C|1, L] as tables with one entry for each code; a differentiable lookup where L is another."""
     if curves.shape[2] == codes:
         return curves
-    positions = torch.float64 if curves.dtype == torch.float64 else torch.float32
-    ramp = torch.arange(codes, device=curves.device, dtype=positions) / (codes - 1)
+    ramp = torch.arange(codes, device=curves.device, dtype=torch.float64) / (codes - 1)
     ramp = ramp.expand(*curves.shape[:2], codes)
-    table: Tensor = torch.ops.hdrops.crf_lookup.default(ramp, curves.to(positions), mode, None)
+    table: Tensor = torch.ops.hdrops.crf_lookup.default(ramp, curves.double(), mode, None)
     return table.to(curves.dtype)
 
 
@@ -255,9 +252,7 @@ def _check_lookup(input: Tensor, curve: Tensor, mode: str, gradient_scale: float
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if input.dtype not in _common.FLOATING_DTYPES and input.dtype not in reference.CODES:
-        raise TypeError(
-            f"{op}: input must be float32, float64, bfloat16, float16, uint8 or uint16, got {input.dtype}"
-        )
+        raise TypeError(f"{op}: input must be float32, float64, bfloat16, float16, uint8 or uint16, got {input.dtype}")
     allowed = {torch.float32, torch.float64, input.dtype}
     if curve.dtype not in (_common.FLOATING_DTYPES if input.dtype in reference.CODES else allowed):
         raise TypeError(f"{op}: curve must be float32, float64 or the input's dtype {input.dtype}, got {curve.dtype}")
@@ -407,7 +402,7 @@ def _register() -> None:
     library.register_fake("hdrops::_crf_lookup_backward", _fake_lookup_backward)
     library.register_autograd("hdrops::crf_lookup", _lookup_backward, setup_context=_save_lookup)
     library.register_vmap("hdrops::crf_lookup", _vmap_lookup)
-    one_input = {
+    one_input: dict[str, tuple[Callable[..., Any], slice, Callable[..., Any]]] = {
         "tent_histogram": (_fake_tents, slice(None), _vmap_folded),
         "value_histogram": (_fake_value_histogram, slice(None), _vmap_folded),
         "quantize_ste": (_fake_quantize, slice(1, None), _vmap_elementwise),

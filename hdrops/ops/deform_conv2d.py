@@ -69,7 +69,7 @@ def deform_conv2d(
 
     Gradients flow to input, offset, weight, bias and mask, each computed only if asked for. At an integer coordinate
     the offset's is the right-hand derivative. On the CPU they are bitwise equal for any number of threads. Second
-    derivatives and forward-mode AD raise; ``backend="reference"`` has both.
+    derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
         ValueError: a wrong shape, value or device.
@@ -101,7 +101,7 @@ def deform_conv2d(
     if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
         with contextlib.nullcontext() if ambient is None else torch.autocast(input.device.type, enabled=False):
             return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
-    _backends.refuse_forward_ad(op, input, offset, weight, bias, mask)
+    _common.refuse_functional_transforms(op, input, offset, weight, bias, mask)
     output: Tensor = torch.ops.hdrops.deform_conv2d.default(
         input, offset, weight, bias, mask, stride, padding, dilation
     )
@@ -195,15 +195,15 @@ def _check_shapes(
 
 def _check_sites(name: str, tensor: Tensor, n: int, size: tuple[int, int]) -> None:
     """Raises unless ``tensor`` (offset or mask) has the batch and the sites of the output."""
-    shape = _common.shape_of(tensor)
     if tensor.shape[0] != n:
         raise ValueError(
-            f"deform_conv2d: {name} must have the input's batch {n}, got {tensor.shape[0]} ({name} shape {shape})"
+            f"deform_conv2d: {name} must have the input's batch {n}, got {tensor.shape[0]} "
+            f"({name} shape {_common.shape_of(tensor)})"
         )
     if tensor.shape[2] != size[0] or tensor.shape[3] != size[1]:
         raise ValueError(
             f"deform_conv2d: {name} must have the output's size {size[0]} x {size[1]}, got {tensor.shape[2]} x "
-            f"{tensor.shape[3]} ({name} shape {shape})"
+            f"{tensor.shape[3]} ({name} shape {_common.shape_of(tensor)})"
         )
 
 

@@ -45,7 +45,7 @@ def merge_exposures(
             masked in every frame is merged as if in none.
         fallback: where the weights sum to 1e-4 or less (clipped in every frame), take the estimate of one frame: the
             shortest if the middle frame by exposure reads above one half, else the longest. Masked frames do not count;
-            of an even number the shorter middle one decides. False: the formula as it stands, 1 where all weights are 0.
+            of an even number the shorter middle one decides. False: the formula as it stands, 1 where no weight is.
         backend: ``"cpu"``, ``"reference"`` or None for the best that can run.
 
     Returns:
@@ -56,9 +56,9 @@ def merge_exposures(
 
     A reading that is NaN counts as masked; one that is NaN in every frame gives NaN.
 
-    **Gradients** reach ``stack`` (the slope of ``curve``; zero where clamped), ``log_exposures`` and ``curve`` (zero where
-    an entry was replaced). **Weights and mask are constants**: no gradient flows through w(z), as in the paper, so the
-    gradient is not the derivative of the whole formula unless ``weight="uniform"``. Where the fallback decides,
+    **Gradients** reach ``stack`` (the slope of ``curve``; zero where clamped), ``log_exposures`` and ``curve`` (zero
+    where an entry was replaced). **Weights and mask are constants**: no gradient flows through w(z), as in the paper,
+    so the gradient is not the derivative of the whole formula unless ``weight="uniform"``. Where the fallback decides,
     gradients go to the frame that was taken. They are the same for any number of threads.
 
     Under autocast a half precision stack is merged in float32, as ``exp`` and ``log`` are.
@@ -103,9 +103,7 @@ def _check(
     """Everything that shapes, dtypes and devices can tell."""
     op = "merge_exposures"
     if stack.dtype not in (*_common.FLOATING_DTYPES, *_reference.LEVELS):
-        raise TypeError(
-            f"{op}: stack must be float32, float64, bfloat16, float16, uint8 or uint16, got {stack.dtype}"
-        )
+        raise TypeError(f"{op}: stack must be float32, float64, bfloat16, float16, uint8 or uint16, got {stack.dtype}")
     if stack.dim() != 5:
         raise ValueError(f"{op}: stack must be [N, P, C, H, W], got shape {list(stack.shape)}")
     n, p, c, h, w = stack.shape
@@ -119,9 +117,7 @@ def _check(
         )
     if curve is not None:
         _check_table("curve", curve)
-        if curve.dim() != 1 and (
-            curve.dim() != 3 or curve.shape[0] not in (1, n) or curve.shape[1] not in (1, c)
-        ):
+        if curve.dim() != 1 and (curve.dim() != 3 or curve.shape[0] not in (1, n) or curve.shape[1] not in (1, c)):
             raise ValueError(
                 f"{op}: curve must be [L] or [N or 1, C or 1, L] = [{n} or 1, {c} or 1, L], "
                 f"got shape {list(curve.shape)}"
@@ -232,3 +228,9 @@ def _vmap(
         fallback,
     )
     return radiance.unflatten(0, (info.batch_size, batch)), 0
+
+
+torch.library.register_vmap(
+    "hdrops::_merge_exposures_backward",
+    _common.vmap_by_loop(torch.ops.hdrops._merge_exposures_backward.default),
+)

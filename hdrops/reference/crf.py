@@ -25,24 +25,22 @@ def _take(curve: Tensor, index: Tensor) -> Tensor:
     return curve.expand(n, c, -1).gather(2, flat).reshape(index.shape)
 
 
-def crf_lookup(
-    input: Tensor, curve: Tensor, *, mode: str = "linear", gradient_scale: float | None = None
-) -> Tensor:
+def crf_lookup(input: Tensor, curve: Tensor, *, mode: str = "linear", gradient_scale: float | None = None) -> Tensor:
     """See :func:`hdrops.crf_lookup`."""
     curve = curve.reshape(1, 1, -1) if curve.dim() == 1 else curve
     last = curve.shape[-1] - 1
     if input.dtype in CODES:
         codes = CODES[input.dtype]
         if curve.shape[-1] != codes:
-            ramp = torch.arange(codes, device=curve.device, dtype=_coordinates(curve).dtype) / (codes - 1)
+            ramp = torch.arange(codes, device=curve.device, dtype=torch.float64) / (codes - 1)
             ramp = ramp.expand(*curve.shape[:2], codes)
             curve = crf_lookup(ramp, curve, mode=mode).to(curve.dtype)
         return _take(curve, input.long())
     x = _coordinates(input)
     curve = curve.to(x.dtype)
     unknown = x.isnan()
-    clamped = x.clamp(0, 1)
-    position = torch.where(unknown, 0, clamped.detach()) * last
+    clamped = torch.where(unknown, 0, x).clamp(0, 1)
+    position = clamped.detach() * last
     if mode == "linear":
         index = position.floor().long()
         fraction = clamped * last - index

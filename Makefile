@@ -1,0 +1,125 @@
+# The commands of a checkout; `make help` lists them. Each creates the virtual environment it needs and builds what
+# changed, so that each works alone on a machine with Python >= 3.10, a C++20 compiler and make.
+
+# The interpreter for the virtual environments, and the torch to build against: any requirement or options of
+# pip install, for example TORCH='torch==2.11.0 --index-url ...' for the CPU wheels of another index.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# Comparisons with other packages run the same library under the newest torch those packages have.
+PEERS_VENV ?= .venv-peers
+PEERS ?= torch==2.14.1 torchvision==0.29.1 onnxruntime onnx onnxscript opencv-python-headless
+# More arguments for pytest or the benchmarks: make test ARGS='tests/test_abi.py -x'
+ARGS ?=
+export MAX_JOBS ?= 2
+
+BIN := $(VENV)/bin
+PEERS_BIN := $(PEERS_VENV)/bin
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# The files that need torchvision or ONNX Runtime, and one that shows that the library loads there at all.
+PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
+ASAN := build/asan
+
+.PHONY: help machine build demo test lint format bench test-asan peers wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       build, and make an HDR image from a bracket of photographs'
+	@echo 'make test       build, and run the tests'
+	@echo 'make test-asan  a reduced set of tests under AddressSanitizer and UBSan'
+	@echo 'make peers      the comparisons with torchvision and ONNX Runtime, in an environment of their own'
+	@echo 'make bench      build, and run the benchmarks'
+	@echo 'make lint       ruff, mypy and clang-format; make format applies the formats'
+	@echo 'make build      build and install into $(VENV) in place'
+	@echo 'make wheel      wheel and source distribution in dist/'
+	@echo 'make clean      remove what was built; make distclean removes the environments too'
+
+demo: build
+	$(BIN)/python -m hdrops.demo $(ARGS)
+
+test: build
+	$(BIN)/pytest $(ARGS)
+
+bench: build
+	$(BIN)/python -m benches $(ARGS)
+
+build: hdrops/_C.so $(VENV)/installed
+
+# What the machine must bring, one line for each thing that may be missing.
+machine:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo 'hdrops: no $(PYTHON) here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3 ...'; exit 1; } >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "hdrops: needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1). Install one and name it: make PYTHON=python3.12 ..."; exit 1; } >&2
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo 'hdrops: $(PYTHON) lacks its venv module. Install it (Debian, Ubuntu: apt install python3-venv)'; exit 1; } >&2
+	@echo '#include <concepts>' | $${CXX:-c++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || \
+	  { echo "hdrops: no C++20 compiler ($${CXX:-c++}). Install GCC 11 or Clang 14, or newer (Debian, Ubuntu: apt install g++), or set CXX"; exit 1; } >&2
+
+$(VENV)/created: | machine
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) --upgrade pip 'setuptools>=77.0.3' ninja numpy
+	@touch $@
+
+# Written anew only when another TORCH is asked for, which then is installed.
+$(VENV)/torch: force | $(VENV)/created
+	@echo '$(TORCH)' | cmp -s - $@ || \
+	  { echo 'installing $(TORCH)'; $(BIN)/python $(PIP_INSTALL) $(TORCH) && echo '$(TORCH)' > $@; }
+
+# ninja compiles what changed; the install finds the objects there and links only.
+hdrops/_C.so: setup.py $(VENV)/torch $(shell find csrc -type f) | machine
+	$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/installed: pyproject.toml setup.py $(VENV)/torch | hdrops/_C.so
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[photo,test]'
+	@touch $@
+
+$(VENV)/linters: pyproject.toml | $(VENV)/created
+	$(BIN)/python $(PIP_INSTALL) --group lint
+	@touch $@
+
+lint: $(VENV)/linters $(VENV)/torch
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# A second copy of the package, built with the sanitizers and with the AVX-512 kernels lowered to AVX2, so that every
+# kernel runs on every x86-64 machine. The sanitizers' run-time libraries must be in the process before python's own
+# allocations; libstdc++ must be too, or the first C++ exception ends the process.
+test-asan: build
+	rm -rf $(ASAN)
+	HDROPS_CUDA=0 HDROPS_SANITIZE=1 HDROPS_LOWERED_ISA=1 $(BIN)/python setup.py -q build --build-lib $(ASAN)
+	LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so; do $${CXX:-c++} -print-file-name=$$name; done | tr '\n' ' ')" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN) HDROPS_SANITIZE=1 \
+	  $(BIN)/pytest -m asan -p no:cacheprovider $(ARGS)
+
+$(PEERS_VENV)/created: | machine
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_BIN)/python $(PIP_INSTALL) --upgrade pip
+	@touch $@
+
+peers: wheel | $(PEERS_VENV)/created
+	$(PEERS_BIN)/python $(PIP_INSTALL) $(PEERS) "$$(echo dist/hdrops-*.whl)[photo,test]"
+	$(PEERS_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps dist/hdrops-*.whl
+	$(PEERS_BIN)/pytest $(PEER_TESTS) $(ARGS)
+
+wheel: build
+	rm -rf build/lib* dist
+	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python setup.py -q sdist
+
+clean:
+	rm -rf build dist demo *.egg-info hdrops/*.so
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(PEERS_VENV)
+
+force:
