@@ -131,7 +131,9 @@ def recover(bracket: Bracket, method: str, args: argparse.Namespace) -> Tensor:
     except ValueError as error:
         raise InputError(f"{named}: no response recovered: {error}") from error
     if not bool((curve[..., 224] > curve[..., 32]).all()):
-        raise InputError(f"{named}: no response recovered: the exposures contradict the images, or they show too little")
+        raise InputError(
+            f"{named}: no response recovered: the exposures contradict the images, or they show too little"
+        )
     return curve
 
 

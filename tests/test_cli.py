@@ -509,7 +509,7 @@ def test_outputs_that_cannot_be_written(capsys, tmp_path, frames):
         tmp_path: "no extension|is a folder",
     }
     for path, message in refused.items():
-        code, out, err = run(capsys, *common, path)
+        code, _, err = run(capsys, *common, path)
         assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
     assert list(tmp_path.iterdir()) == []
 
@@ -534,7 +534,9 @@ def test_inputs_are_never_overwritten(capsys, tmp_path, bracket):
     ):
         code, _, err = run(capsys, "merge", *words, "--times", "1/64,1/8")
         assert code == 2 and "is one of the input images" in err
-    code, _, err = run(capsys, "merge", "--list", tmp_path / "image_list.txt", "-o", tmp_path / "a.exr", "--preview", frames[0])
+    code, _, err = run(
+        capsys, "merge", "--list", tmp_path / "image_list.txt", "-o", tmp_path / "a.exr", "--preview", frames[0]
+    )
     assert code == 2 and "is one of the input images" in err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -195,7 +195,8 @@ def test_truncated_files_give_one_line_and_no_noise(tmp_path, codes, radiance, k
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "is empty"), (b"GIF89a....", "is not an image hdrops reads"), (b"II", "is not an image")]
+    ("content", "message"),
+    [(b"", "is empty"), (b"GIF89a....", "is not an image hdrops reads"), (b"II", "is not an image")],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     (tmp_path / "thing.jpg").write_bytes(content)
