@@ -99,7 +99,8 @@ def _room(height: int, width: int) -> Pixels:
 
 
 def _memorial_folder() -> Path | None:
-    candidates = [os.environ.get("HDROPS_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
+    beside = [folder.parent / "shared" / "data" for folder in (Path(__file__).resolve().parents[1], Path.cwd())]
+    candidates = [os.environ.get("HDROPS_DATA"), *beside]
     folders = [Path(path) / "memorial" for path in candidates if path]
     return next((folder for folder in folders if (folder / "memorial.hdr").is_file()), None)
 

@@ -6,6 +6,9 @@
 // with the bias in the output's own layout. Units write disjoint pixels, so threads need no agreement. Memory of a
 // thread: rows * (column_stride + outputs) reals, 0.1 MB for 64 channels and at most 0.4 MB up to 512; the packed
 // weights and, unless the input already lies channels last in whole vectors, one packed copy of the input are shared.
+//
+// 16-bit data are widened where they are read and multiplied as floats. The bf16 dot product of AVX-512 would need the
+// interpolated columns rounded to bf16, an error beyond the tolerance table of hdrops/testing.py.
 #include "common/gemm.h"
 #include "deform_conv2d/plan.h"
 
