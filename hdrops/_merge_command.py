@@ -101,8 +101,8 @@ def merge(bracket: Bracket, curve: Tensor | None, *, weight: str | Tensor, devic
     rows = max(1, _TILE // width)
     for top in progress(range(0, height, rows), "merging"):
         strip = np.s_[..., top : top + rows, :]
-        keep = None if mask is None else ~mask[strip].to(device)
-        merged = merge_exposures(stack[strip].to(device), log_exposures, curve, weight=weight, mask=keep)
+        excluded = None if mask is None else mask[strip].to(device)
+        merged = merge_exposures(stack[strip].to(device), log_exposures, curve, weight=weight, mask=excluded)
         if not bool(merged.isfinite().all()):
             raise RuntimeError("merge_exposures gave values that are not finite")
         radiance[top : top + rows] = merged[0].permute(1, 2, 0)

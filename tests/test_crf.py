@@ -60,6 +60,7 @@ def gradients(function, grad_output, *inputs):
 # crf_lookup
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 @pytest.mark.parametrize("kind", CURVES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,6 +147,7 @@ def test_nearest_rounds_ties_to_even():
     assert hdrops.crf_lookup(input, curve, mode="nearest").tolist() == [0.0, 2.0, 2.0, 4.0]
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_knots_and_ends(backend, dtype):
@@ -165,6 +167,7 @@ def test_knots_and_ends(backend, dtype):
     assert_close(grad_curve, torch.bincount(index).double())
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,6 +182,7 @@ def test_nan_stays_nan_and_takes_no_part(backend, mode, dtype, count):
     assert torch.equal(grad_input, torch.zeros_like(input)) and torch.equal(grad_curve, torch.zeros_like(curve))
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("codes", [torch.uint8, torch.uint16])
 @pytest.mark.parametrize("kind", CURVES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
@@ -200,6 +204,7 @@ def test_codes_index_the_curve_exactly(codes, kind, layout, dtype):
     assert_close(grad_curve, want, terms=4, scale=1.0)
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 @pytest.mark.parametrize("codes", [torch.uint8, torch.uint16])
 def test_codes_beside_a_curve_of_other_length(codes, mode):
@@ -216,6 +221,7 @@ def test_codes_beside_a_curve_of_other_length(codes, mode):
     assert_close(grad_curve, want, terms=20, scale=1.0)
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (0,)])
 @pytest.mark.parametrize("codes", [False, True])
 def test_empty_images(shape, codes):
@@ -331,6 +337,7 @@ def test_a_response_curve_of_a_camera_inverts(data):
 # tent_histogram
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tents_equal_reference(dtype, layout):
@@ -368,6 +375,7 @@ def test_tents_at_peaks_and_odd_values(backend):
 # value_histogram
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_value_histogram_equals_reference(dtype, layout):
@@ -403,6 +411,7 @@ def test_value_histogram_of_a_large_constant_image_is_exact():
 # quantize_ste
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gradient", ["inside", "everywhere"])
@@ -519,6 +528,7 @@ def test_error_messages(call, error, message):
         call()
 
 
+@pytest.mark.asan
 def test_the_bindings_guard_memory():
     lookup = torch.ops.hdrops.crf_lookup.default
     with pytest.raises(ValueError, match="a curve for these codes has 256 levels, got 8"):

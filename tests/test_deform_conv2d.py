@@ -99,6 +99,7 @@ def assert_matches_reference(tensors: dict[str, Tensor], case: Case, grad_output
     assert_all_close(run(tensors, case, grad_output), expected(tensors, case, grad_output), case)
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_equals_reference(name: str, dtype: torch.dtype) -> None:
@@ -248,6 +249,7 @@ def test_each_subset_of_gradients(wanted: tuple[str, ...]) -> None:
             assert leaf.grad is None, name
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -270,6 +272,7 @@ def test_bitwise_equal_for_any_thread_count(case: Case, dtype: torch.dtype, thre
             assert torch.equal(tensor, other[name]), name
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "both_groups", "tall_and_far"])
 def test_wide_indices_compute_the_same(name: str, dtype: torch.dtype, monkeypatch) -> None:
@@ -295,6 +298,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [16, 17])
 @pytest.mark.parametrize("axis", ["y", "x", "both"])
@@ -314,6 +318,7 @@ def test_special_offsets(value: str, axis: str, width: int, dtype: torch.dtype) 
         assert (gradients["mask"][:, ::2] == 0).all()
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("position", ["-1-", "-1", "-1+", "-0", "0", "last-", "last", "last+", "end-", "end", "end+"])
 def test_exact_borders(position: str, dtype: torch.dtype) -> None:
@@ -333,6 +338,7 @@ def test_exact_borders(position: str, dtype: torch.dtype) -> None:
             assert (run(tensors, case, gradient_like(case, dtype))["offset"] == 0).all()
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_samples_outside_do_not_see_the_image(value: float) -> None:
     case = Case(n=1, channels=3, bias=False)
@@ -346,6 +352,7 @@ def test_samples_outside_do_not_see_the_image(value: float) -> None:
         assert (gradients[name] == 0).all(), name
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("pixel", [(0, 0), (0, -1), (-1, 0), (-1, -1), (5, 5)])
@@ -361,6 +368,7 @@ def test_a_pixel_of_nan_reaches_only_what_samples_it(pixel: tuple[int, int], cha
     assert_close(output[~touched], wanted[~touched], terms=9 * channels)
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_batch(dtype: torch.dtype) -> None:
     case = Case(n=0)
@@ -392,6 +400,7 @@ def storage_offset(tensor: Tensor) -> Tensor:
     return host[3:].view_as(tensor)
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [strided, transposed, channels_last, storage_offset], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", [*NAMES, "grad_output", "all"])
@@ -404,6 +413,7 @@ def test_any_layout_of_any_argument(which: str, layout, dtype: torch.dtype) -> N
     assert_all_close(run(laid, case, grad_output), wanted, case)
 
 
+@pytest.mark.asan
 def test_expanded_arguments() -> None:
     case = Case(n=3, channels=4, offset_groups=2)
     tensors = case.tensors(torch.float32)

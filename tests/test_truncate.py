@@ -53,6 +53,7 @@ def test_the_process_written_out():
             torch.testing.assert_close(hdrops.truncate(pixels, backend=backend)[0, 0, y, x], wanted)
 
 
+@pytest.mark.asan
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     n=st.integers(0, 2),
@@ -78,6 +79,7 @@ def test_random_geometry(n, channels, height, width, radius, eps, dtype, channel
     assert_close(got, want, terms=(2 * radius + 1) ** 4, name="gradient")
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("radius", [1, 2, 4])
 def test_the_smallest_images(radius, channels_last):
@@ -98,12 +100,14 @@ def test_dark_pixels_beside_very_bright_ones():
     assert_close(hdrops.truncate(pixels), reference(pixels.double()), scale=1e-3)
 
 
+@pytest.mark.asan
 def test_strided_images():
     pixels = image(2, 6, 20, 30)
     for view in (pixels[:, ::2], pixels[..., 3:17, 5:29], pixels.transpose(2, 3), pixels[:1].expand(3, -1, -1, -1)):
         assert torch.equal(hdrops.truncate(view), hdrops.truncate(view.contiguous()))
 
 
+@pytest.mark.asan
 def test_nan_spreads_over_its_boxes_only():
     pixels = image(1, 1, 20, 20)
     pixels[0, 0, 10, 10] = torch.nan

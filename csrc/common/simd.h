@@ -161,7 +161,8 @@ HDROPS_HD T reduce_add(vec<T, N> value) {
 template <class T, int N>
 HDROPS_HD void reduce_four(vec<T, N> a, vec<T, N> b, vec<T, N> c, vec<T, N> d, T* sum_a, T* sum_b, T* sum_c, T* sum_d) {
   if constexpr (N < 4) {
-    *sum_a = reduce_add<T, N>(a), *sum_b = reduce_add<T, N>(b), *sum_c = reduce_add<T, N>(c), *sum_d = reduce_add<T, N>(d);
+    *sum_a = reduce_add<T, N>(a), *sum_b = reduce_add<T, N>(b), *sum_c = reduce_add<T, N>(c),
+    *sum_d = reduce_add<T, N>(d);
   } else if constexpr (N > 4) {
     reduce_four<T, N / 2>(add_halves<T, N>(a), add_halves<T, N>(b), add_halves<T, N>(c), add_halves<T, N>(d), sum_a,
                           sum_b, sum_c, sum_d);

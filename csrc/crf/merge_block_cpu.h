@@ -175,12 +175,23 @@ void order_tied(MergeWorkspace<T, A>& ws, int64_t first, int64_t last, int64_t b
   }
 }
 
+// The share a mask's value leaves a pixel: a boolean one (bytes of 0 and 1) excludes, another weighs, none below 0 and
+// none NaN.
+template <class A>
+HDROPS_HD A share_of_value(uint8_t excluded) {
+  return excluded ? A(0) : A(1);
+}
+template <class A>
+HDROPS_HD A share_of_value(A weight) {
+  return weight > 0 ? weight : A(0);
+}
+
 // Each pixel's share as often as it has channels; kRepeat where the compiler shall know how often.
 template <int kRepeat, class M, class A>
 void repeat_shares(const M* mask, int64_t count, int64_t channels, A* share) {
   const int64_t repeat = kRepeat > 0 ? kRepeat : channels;
   for (int64_t i = 0; i < count; i += repeat, ++mask) {
-    const A value = *mask > 0 ? A(*mask) : A(0);  // none below 0, and none NaN
+    const A value = share_of_value<A>(*mask);
     for (int64_t c = 0; c < repeat; ++c) share[i + c] = value;
   }
 }
@@ -192,7 +203,7 @@ void expand_mask(const M* mask, int64_t count, int64_t repeat, A* share) {
   repeat_shares<0>(mask, count, repeat, share);
 }
 
-// A frame's mask, one share an element; a boolean one is bytes of 0 and 1.
+// A frame's mask, one share an element.
 template <class T, class A>
 void frame_shares(const MergeParams<A>& p, const MergeStream<T, A>& s, int64_t frame, int64_t begin, int64_t count,
                   A* share) {

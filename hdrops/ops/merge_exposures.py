@@ -41,8 +41,8 @@ def merge_exposures(
             interpolated linearly. Entries that are not positive count as 1e-7. None: linear, g(z) = z.
         weight: ``"hat"``, 2 min(z, 1 - z); ``"debevec"``, min(z, max - z) of the codes scaled to [0, 1], which is the
             same function; ``"uniform"``; or a non-negative table [L], read as ``curve`` is.
-        mask: [N or 1, P, 1, H, W]; bool keeps a frame's pixel where True; floating multiplies its weight. A pixel
-            masked in every frame is merged as if in none.
+        mask: [N or 1, P, 1, H, W]; a bool one excludes a frame's pixel where it is True; a floating one multiplies its
+            weight, 0 excludes. A pixel excluded in every frame is merged as if in none.
         fallback: where the weights sum to 1e-4 or less (clipped in every frame), take the estimate of one frame: the
             shortest if the middle frame by exposure reads above one half, else the longest. Masked frames do not count;
             of an even number the shorter middle one decides. False: the formula as it stands, 1 where no weight is.

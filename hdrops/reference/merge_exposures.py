@@ -94,7 +94,7 @@ def merge_exposures(
     reading = torch.where(numbers, reading, torch.zeros_like(reading)).clamp(0, 1)
     share = torch.ones_like(reading)
     if mask is not None:
-        share = mask.detach().to(dtype).expand_as(reading)
+        share = (~mask if mask.dtype == torch.bool else mask.detach()).to(dtype).expand_as(reading)
         share = torch.where(share > 0, share, torch.zeros_like(share))
     valid = numbers & (share > 0)
     excluded = ~valid.any(1, keepdim=True)
