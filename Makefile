@@ -21,7 +21,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
 ASAN := build/asan
 
-.PHONY: help machine build demo test lint format bench test-asan peers wheel clean distclean
+.PHONY: help machine build demo test lint format bench test-asan peers peers-environment wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,7 +29,7 @@ help:
 	@echo 'make test       build, and run the tests'
 	@echo 'make test-asan  a reduced set of tests under AddressSanitizer and UBSan'
 	@echo 'make peers      the comparisons with torchvision and ONNX Runtime, in an environment of their own'
-	@echo 'make bench      build, and run the benchmarks'
+	@echo 'make bench      the benchmarks against torchvision, ONNX Runtime and OpenCV, in that environment too'
 	@echo 'make lint       ruff, mypy and clang-format; make format applies the formats'
 	@echo 'make build      build and install into $(VENV) in place'
 	@echo 'make wheel      wheel and source distribution in dist/'
@@ -41,8 +41,8 @@ demo: build
 test: build
 	$(BIN)/pytest $(ARGS)
 
-bench: build
-	$(BIN)/python -m benches $(ARGS)
+bench: peers-environment
+	$(PEERS_BIN)/python -m benches $(ARGS)
 
 build: hdrops/_C.so $(VENV)/installed
 
@@ -105,9 +105,11 @@ $(PEERS_VENV)/created: | machine
 	$(PEERS_BIN)/python $(PIP_INSTALL) --upgrade pip
 	@touch $@
 
-peers: wheel | $(PEERS_VENV)/created
+peers-environment: wheel | $(PEERS_VENV)/created
 	$(PEERS_BIN)/python $(PIP_INSTALL) $(PEERS) "$$(echo dist/hdrops-*.whl)[photo,test]"
 	$(PEERS_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps dist/hdrops-*.whl
+
+peers: peers-environment
 	$(PEERS_BIN)/pytest $(PEER_TESTS) $(ARGS)
 
 wheel: build
