@@ -9,6 +9,7 @@
 #include "common/work_queue.h"
 #include "deform_conv2d/params.h"
 
+#define HDROPS_ISA_WITH_BF16
 #define HDROPS_ISA_SOURCE "deform_conv2d/forward_cpu.h"
 #include "common/foreach_isa.h"
 
@@ -24,9 +25,14 @@ void forward_cpu(const Params& params) {
   HDROPS_ISA_CALL(forward<T>(params));
 }
 
+// Only this dtype has kernels of its own for the bf16 dot product.
+template <>
+void forward_cpu<bfloat16>(const Params& params) {
+  HDROPS_ISA_CALL_WITH_BF16(forward<bfloat16>(params));
+}
+
 template void forward_cpu<float>(const Params&);
 template void forward_cpu<double>(const Params&);
-template void forward_cpu<bfloat16>(const Params&);
 template void forward_cpu<float16>(const Params&);
 
 }  // namespace hdrops::deform_conv2d

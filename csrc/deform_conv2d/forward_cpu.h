@@ -4,30 +4,58 @@
 // gathers the columns of all channels into a block that stays in the second-level cache, and multiplies it with the
 // packed weights, of which one panel stays in the first-level cache; sums collect in the tile's result, which leaves
 // with the bias in the output's own layout. Units write disjoint pixels, so threads need no agreement. Memory of a
-// thread: rows * (column_stride + outputs) reals, 0.1 MB for 64 channels and at most 0.4 MB up to 512; the packed
+// thread: rows * (outputs + column_stride) reals, 0.1 MB for 64 channels and at most 0.4 MB up to 512; the packed
 // weights and, unless the input already lies channels last in whole vectors, one packed copy of the input are shared.
 //
-// 16-bit data are widened where they are read and multiplied as floats. The bf16 dot product of AVX-512 would need the
-// interpolated columns rounded to bf16, an error beyond the tolerance table of hdrops/testing.py.
+// 16-bit data are widened where they are read, interpolated and multiplied as floats. Where the machine has a bf16 dot
+// product (HDROPS_BF16_DOT), the interpolated columns of bf16 data are rounded to bf16 and multiplied with the weights
+// as they are, in pairs of channels and with sums in float: one more rounding of each product, which the tolerance
+// table of hdrops/testing.py knows as `factor`.
 #include "common/gemm.h"
+#include "common/gemm_bf16.h"
 #include "deform_conv2d/plan.h"
 
 namespace hdrops {
 namespace HDROPS_ISA {
 
+// What columns and packed weights are multiplied as.
+template <class T>
+struct ColumnOf {
+  using type = real_t<T>;
+};
+#if defined(HDROPS_BF16_DOT)
+template <>
+struct ColumnOf<bfloat16> {
+  using type = bfloat16;
+};
+#endif
+template <class T>
+using column_t = typename ColumnOf<T>::type;
+
 template <class T, class Index>
 struct Forward {
   using Real = real_t<T>;
+  using Column = column_t<T>;
+  // Channels that one step of the product takes; a weight group's range is padded to it among the packed weights.
+  static constexpr int64_t kStep = int64_t(sizeof(Real) / sizeof(Column));
 
   const Params& params;
   Channels channels;
   Tiling tiling;
   const T* input;  // packed
-  Real* weight;    // packed [group][panel][tap][channel of the group's range][kPanel]
-  Real* scratch;   // per slot: columns, result
+  Column* weight;  // packed [group][panel][tap][channel of the group's range / kStep][kPanel][kStep]
+  Real* scratch;   // per slot: result, columns
   int64_t scratch_size;
 
   int64_t panels() const { return ceil_div<int64_t>(tiling.group_outputs, kPanel<Real>); }
+  int64_t packed_range(int64_t group) const {
+    return round_up<int64_t>(channels.end(group) - channels.begin(group), kStep);
+  }
+  // Where a group's packed weights begin: padding adds less than kStep channels to each group before it.
+  int64_t packed_begin(int64_t group) const {
+    return panels() * (channels.begin(group) + group * (kStep - 1)) * params.taps() * kPanel<Real>;
+  }
+  int64_t packed_weight_size() const { return packed_begin(params.groups); }
 
   // One panel of one group's weights.
   static void pack_weight(void* context, int64_t, int64_t unit) {
@@ -35,23 +63,24 @@ struct Forward {
     const Params& p = self.params;
     const Channels& channels = self.channels;
     int64_t panels = self.panels(), group = unit / panels, panel = unit % panels, taps = p.taps();
-    int64_t begin = channels.begin(group), range = channels.end(group) - begin;
-    Real* packed = self.weight + (panels * begin + panel * range) * taps * kPanel<Real>;
-    __builtin_memset(packed, 0, size_t(range * taps * kPanel<Real>) * sizeof(Real));
+    int64_t begin = channels.begin(group), range = self.packed_range(group);
+    Column* packed = self.weight + self.packed_begin(group) + panel * range * taps * kPanel<Real>;
+    __builtin_memset(packed, 0, size_t(range * taps * kPanel<Real>) * sizeof(Column));
     int64_t first = panel * kPanel<Real>, left = self.tiling.group_outputs - first;
     for (int64_t o = 0; o < (left < kPanel<Real> ? left : kPanel<Real>); ++o) {
       const T* source =
           static_cast<const T*>(p.weight) + (group * self.tiling.group_outputs + first + o) * channels.per_group * taps;
       for (int64_t c = 0; c < channels.per_group; ++c) {
-        Real* target = packed + (channels.position(group * channels.per_group + c) - begin) * kPanel<Real> + o;
-        for (int64_t tap = 0; tap < taps; ++tap) target[tap * range * kPanel<Real>] = widen(*source++);
+        int64_t k = channels.position(group * channels.per_group + c) - begin;
+        Column* target = packed + k / kStep * kStep * kPanel<Real> + o * kStep + k % kStep;
+        for (int64_t tap = 0; tap < taps; ++tap) narrow(widen(*source++), target + tap * range * kPanel<Real>);
       }
     }
   }
 
   // columns[i, tap, c] for taps [first_tap, first_tap + taps) and all channels.
   void gather_columns(const Tile& tile, const Anchors<Real>& anchors, int64_t first_tap, int64_t taps,
-                      Real* columns) const {
+                      Column* columns) const {
     const Params& p = params;
     const T* image = input + tile.image * p.height * p.width * channels.total;
     Plan<Real, Index> plan;
@@ -65,25 +94,35 @@ struct Forward {
   }
 
   // result (+)= columns * weights of those taps.
-  void multiply(const Real* columns, int64_t first_tap, int64_t taps, Real* result) const {
+  void multiply(const Column* columns, int64_t first_tap, int64_t taps, Real* result) const {
     for (int64_t group = 0; group < params.groups; ++group) {
-      int64_t begin = channels.begin(group), range = channels.end(group) - begin;
+      int64_t begin = channels.begin(group), range = channels.end(group) - begin, packed = packed_range(group);
+      bool taps_follow_on = params.groups == 1 && range == packed;
       GemmShape shape{};
       shape.rows = tiling.rows, shape.columns = tiling.padded_outputs;
-      shape.segments = params.groups == 1 ? 1 : taps;
-      shape.depth = params.groups == 1 ? taps * range : range;
+      shape.segments = taps_follow_on ? 1 : taps;
+      shape.depth = taps_follow_on ? taps * range : range;
       shape.a_stride = tiling.column_stride, shape.a_segment = channels.total;
-      shape.b_stride = kPanel<Real>, shape.b_segment = range * kPanel<Real>;
-      shape.b_panel = params.taps() * range * kPanel<Real>;
+      shape.b_stride = kStep * kPanel<Real>, shape.b_segment = packed * kPanel<Real>;
+      shape.b_panel = params.taps() * packed * kPanel<Real>;
       shape.c_stride = tiling.outputs;
-      const Real* a = columns + begin;
-      const Real* b = weight + (panels() * begin * params.taps() + first_tap * range) * kPanel<Real>;
+      const Column* a = columns + begin;
+      const Column* b = weight + packed_begin(group) + first_tap * packed * kPanel<Real>;
       Real* c = result + group * tiling.padded_outputs;
       if (first_tap == 0) {
-        gemm<Real, false, false>(shape, a, b, c);
+        product<false>(shape, a, b, c);
       } else {
-        gemm<Real, false, true>(shape, a, b, c);
+        product<true>(shape, a, b, c);
       }
+    }
+  }
+
+  template <bool kAccumulate>
+  static void product(const GemmShape& shape, const Column* a, const Column* b, Real* c) {
+    if constexpr (kStep == 2) {
+      gemm_bf16<kAccumulate>(shape, a, b, c);
+    } else {
+      gemm<Real, false, kAccumulate>(shape, a, b, c);
     }
   }
 
@@ -122,8 +161,8 @@ struct Forward {
     Tile tile{unit / tiling.per_image, unit % tiling.per_image * tiling.rows, tiling.rows};
     int64_t left = self.params.out_pixels() - tile.first;
     if (left < tile.count) tile.count = left;
-    Real* columns = self.scratch + slot * self.scratch_size;
-    Real* result = columns + tiling.rows * tiling.column_stride;
+    Real* result = self.scratch + slot * self.scratch_size;
+    Column* columns = reinterpret_cast<Column*>(result + tiling.rows * tiling.outputs);
     Anchors<Real> anchors;
     anchors.set(self.params, tile);
     for (int64_t tap = 0; tap < self.params.taps(); tap += tiling.taps) {
@@ -142,10 +181,10 @@ void forward_with(const Params& p, const Channels& channels) {
   Forward<T, Index> pass{p, channels, Tiling::of<Real>(p, channels, p.out_pixels()), nullptr, nullptr, nullptr, 0};
   const Tiling& tiling = pass.tiling;
   Buffer packed_input(packed_input_bytes<T>(p, channels));
-  Buffer packed_weight(p.taps() * channels.total * pass.panels() * kPanel<Real> * int64_t(sizeof(Real)));
+  Buffer packed_weight(pass.packed_weight_size() * int64_t(sizeof(column_t<T>)));
   pass.scratch_size = tiling.rows * (tiling.column_stride + tiling.outputs);
   Buffer scratch(thread_count() * pass.scratch_size * int64_t(sizeof(Real)));
-  pass.weight = static_cast<Real*>(packed_weight.data());
+  pass.weight = static_cast<column_t<T>*>(packed_weight.data());
   pass.scratch = static_cast<Real*>(scratch.data());
   pass.input = pack_input<T>(p, channels, packed_input.data());
   parallel_units(p.groups * pass.panels(), Forward<T, Index>::pack_weight, &pass);

@@ -216,13 +216,14 @@ void make_plan(const Params& p, const Channels& channels, const Tile& tile, cons
   }
 }
 
-// columns[i, c] = sum over corners of weight * image[corner, c], for the `width` channels of one offset group.
-template <int kWidth, class T, class Index, class Real>
-void gather_vectors(const T* image, const Plan<Real, Index>& plan, int64_t rows, int64_t width, Real* columns,
+// columns[i, c] = sum over corners of weight * image[corner, c], for the `width` channels of one offset group. Column
+// is Real, or a narrower type that the sums are rounded to.
+template <int kWidth, class T, class Index, class Real, class Column>
+void gather_vectors(const T* image, const Plan<Real, Index>& plan, int64_t rows, int64_t width, Column* columns,
                     int64_t stride) {
   for (int64_t i = 0; i < rows; ++i, columns += stride) {
     if (plan.corner[0][i] < 0) {
-      for (int64_t c = 0; c < width; c += kWidth) store<kWidth>(columns + c, vec<Real, kWidth>{});
+      for (int64_t c = 0; c < width; c += kWidth) store_narrow<kWidth>(columns + c, vec<Real, kWidth>{});
       continue;
     }
     const T *x00 = image + plan.corner[0][i], *x01 = image + plan.corner[1][i];
@@ -232,13 +233,13 @@ void gather_vectors(const T* image, const Plan<Real, Index>& plan, int64_t rows,
     for (int64_t c = 0; c < width; c += kWidth) {
       auto value = w00 * load_wide<kWidth>(x00 + c) + w01 * load_wide<kWidth>(x01 + c) +
                    w10 * load_wide<kWidth>(x10 + c) + w11 * load_wide<kWidth>(x11 + c);
-      store<kWidth>(columns + c, value);
+      store_narrow<kWidth>(columns + c, value);
     }
   }
 }
 
-template <class T, class Index, class Real>
-void gather(const Channels& channels, const T* image, const Plan<Real, Index>& plan, int64_t rows, Real* columns,
+template <class T, class Index, class Real, class Column>
+void gather(const Channels& channels, const T* image, const Plan<Real, Index>& plan, int64_t rows, Column* columns,
             int64_t stride) {
   constexpr int full = kLanes<Real>, half = full / 2;
   if (channels.lanes == full) {
