@@ -588,6 +588,27 @@ def test_wrong_kinds_of_arguments(stride) -> None:
         hdrops.deform_conv2d([1.0], torch.zeros(1), torch.zeros(1))
 
 
+COUNT_THREADS = """
+import os, torch, hdrops
+torch.set_num_threads(2)
+def threads_after(size):
+    input = torch.rand(1, 8, size, size, requires_grad=True)
+    offset, weight = torch.zeros(1, 18, size, size), torch.rand(8, 8, 3, 3)
+    hdrops.deform_conv2d(input, offset, weight, padding=1).sum().backward()
+    stack = torch.rand(1, 3, 3, size, size)
+    hdrops.truncate(hdrops.merge_exposures(stack, torch.zeros(1, 3)))
+    return len(os.listdir("/proc/self/task"))
+before = len(os.listdir("/proc/self/task"))
+print(threads_after(16) - before, threads_after(256) > before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_small_calls_wake_no_thread() -> None:
+    result = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["0", "True"]
+
+
 def test_other_backends_and_devices() -> None:
     case = Case()
     tensors = case.tensors(torch.float32)
