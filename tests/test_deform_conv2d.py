@@ -539,6 +539,8 @@ WRONG = {
     "stride_length": ({}, {"stride": (1, 1, 1)}, r"stride must be an integer or a pair .* got \(1, 1, 1\)"),
     "padding": ({}, {"padding": (1, -1)}, r"padding must be an integer or a pair of integers >= 0, got \(1, -1\)"),
     "dilation": ({}, {"dilation": (0, 1)}, r"dilation must be an integer or a pair of integers >= 1, got \(0, 1\)"),
+    "huge_stride": ({}, {"stride": 2**70}, r"stride must be below 2\*\*31, got 1180591620717411303424"),
+    "huge_padding": ({}, {"padding": (1, 2**31)}, r"padding must be below 2\*\*31, got \(1, 2147483648\)"),
     "backend": ({}, {"backend": "fast"}, r"backend must be one of cpu, cuda, triton, reference or None, got 'fast'"),
 }
 
@@ -586,6 +588,12 @@ def test_wrong_kinds_of_arguments(stride) -> None:
         hdrops.deform_conv2d(**Case().tensors(torch.float32), stride=stride)
     with pytest.raises(TypeError, match=r"^deform_conv2d: input must be a tensor, got list"):
         hdrops.deform_conv2d([1.0], torch.zeros(1), torch.zeros(1))
+
+
+def test_direct_call_refuses_an_image_without_rows() -> None:
+    arguments = torch.rand(1, 4, 0, 9), torch.zeros(1, 18, 2, 9), torch.rand(6, 4, 3, 3), None, None
+    with pytest.raises(ValueError, match="deform_conv2d: the input must have at least one row and column"):
+        torch.ops.hdrops.deform_conv2d.default(*arguments, (1, 1), (2, 1), (1, 1))
 
 
 COUNT_THREADS = """
