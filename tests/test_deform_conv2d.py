@@ -561,6 +561,8 @@ WRONG = {
     "stride_length": ({}, {"stride": (1, 1, 1)}, r"stride must be an integer or a pair .* got \(1, 1, 1\)"),
     "padding": ({}, {"padding": (1, -1)}, r"padding must be an integer or a pair of integers >= 0, got \(1, -1\)"),
     "dilation": ({}, {"dilation": (0, 1)}, r"dilation must be an integer or a pair of integers >= 1, got \(0, 1\)"),
+    "huge_stride": ({}, {"stride": 2**70}, r"stride must be below 2\*\*31, got 1180591620717411303424"),
+    "huge_padding": ({}, {"padding": (1, 2**31)}, r"padding must be below 2\*\*31, got \(1, 2147483648\)"),
     "backend": ({}, {"backend": "fast"}, r"backend must be one of cpu, cuda, triton, reference or None, got 'fast'"),
 }
 
@@ -608,6 +610,33 @@ def test_wrong_kinds_of_arguments(stride) -> None:
         hdrops.deform_conv2d(**Case().tensors(torch.float32), stride=stride)
     with pytest.raises(TypeError, match=r"^deform_conv2d: input must be a tensor, got list"):
         hdrops.deform_conv2d([1.0], torch.zeros(1), torch.zeros(1))
+
+
+def test_direct_call_refuses_an_image_without_rows() -> None:
+    arguments = torch.rand(1, 4, 0, 9), torch.zeros(1, 18, 2, 9), torch.rand(6, 4, 3, 3), None, None
+    with pytest.raises(ValueError, match="deform_conv2d: the input must have at least one row and column"):
+        torch.ops.hdrops.deform_conv2d.default(*arguments, (1, 1), (2, 1), (1, 1))
+
+
+COUNT_THREADS = """
+import os, torch, hdrops
+torch.set_num_threads(2)
+def threads_after(size):
+    input = torch.rand(1, 8, size, size, requires_grad=True)
+    offset, weight = torch.zeros(1, 18, size, size), torch.rand(8, 8, 3, 3)
+    hdrops.deform_conv2d(input, offset, weight, padding=1).sum().backward()
+    stack = torch.rand(1, 3, 3, size, size)
+    hdrops.truncate(hdrops.merge_exposures(stack, torch.zeros(1, 3)))
+    return len(os.listdir("/proc/self/task"))
+before = len(os.listdir("/proc/self/task"))
+print(threads_after(16) - before, threads_after(256) > before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_small_calls_wake_no_thread() -> None:
+    result = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["0", "True"]
 
 
 def test_other_backends_and_devices() -> None:

@@ -243,6 +243,9 @@ def test_lower_instruction_sets_agree(level, tmp_path):
     [
         ({"input": torch.rand(3, 8, 8)}, ValueError, r"truncate: input must be \[N, C, H, W\], got shape \[3, 8, 8\]"),
         ({"input": torch.zeros(1, 3, 8, 8).int()}, TypeError, "truncate: input must be float32, .*int32"),
+        ({"input": [0.5]}, TypeError, "truncate: input must be a tensor, got list"),
+        ({"radius": 1.5}, TypeError, "truncate: radius must be an integer, got 1.5"),
+        ({"eps": "small"}, TypeError, "truncate: eps must be a number, got 'small'"),
         ({"radius": 0}, ValueError, "truncate: radius must be at least 1, got 0"),
         ({"radius": 8}, ValueError, r"truncate: height and width must be above radius = 8, got shape \[1, 3, 8, 9\]"),
         ({"eps": 0.0}, ValueError, "truncate: eps must be above 0, got 0.0"),

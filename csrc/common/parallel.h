@@ -20,4 +20,8 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
 
 int64_t thread_count();
 
+// The threads that `work` is worth when each should get `grain` of it: at least one, at most thread_count(). Waking a
+// thread costs tens of microseconds, and milliseconds where others use the machine.
+int64_t threads_worth(int64_t work, int64_t grain);
+
 }  // namespace hdrops

@@ -10,4 +10,16 @@ using UnitBody = void (*)(void* context, int64_t slot, int64_t unit);
 // Runs body on every unit of [0, count). The body must not throw.
 void parallel_units(int64_t count, UnitBody body, void* context);
 
+// While it lives, parallel_units of the calling thread runs on no more than `threads`.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int64_t threads);
+  ~ThreadLimit();
+  ThreadLimit(const ThreadLimit&) = delete;
+  ThreadLimit& operator=(const ThreadLimit&) = delete;
+
+ private:
+  int64_t outer_;
+};
+
 }  // namespace hdrops

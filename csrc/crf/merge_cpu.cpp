@@ -16,6 +16,8 @@
 namespace hdrops {
 namespace {
 
+constexpr int64_t kReadingsPerThread = 32768;
+
 template <class T, class Out, class A>
 void forward_tasks(const MergeParams<A>& p, const MergeTasks& tasks, int64_t block, int64_t first, int64_t step,
                    Out* output, MergeWorkspace<T, A>& ws) {
@@ -31,7 +33,8 @@ void backward_tasks(const MergeParams<A>& p, const MergeTasks& tasks, int64_t bl
 // Calls run(first task, step, workspace) so that every task is done once.
 template <class T, class A, class F>
 void on_threads(const MergeParams<A>& p, const MergeTasks& tasks, int64_t bins, const F& run) {
-  const int64_t threads = std::min(thread_count(), tasks.count());
+  const int64_t readings = p.batch * p.frames * p.channels * p.pixels;
+  const int64_t threads = std::min(threads_worth(readings, kReadingsPerThread), tasks.count());
   const int64_t block = merge_block_length(p.channels, p.interleaved);
   std::vector<std::unique_ptr<MergeWorkspace<T, A>>> workspaces;
   for (int64_t k = 0; k < threads; ++k) {

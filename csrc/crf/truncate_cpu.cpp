@@ -15,6 +15,8 @@
 namespace hdrops {
 namespace {
 
+constexpr int64_t kPixelsPerThread = 16384;
+
 template <class T>
 void tasks(const TruncateParams& p, int64_t first, int64_t step, const T* input, const T* grad_output, T* output,
            TruncateWorkspace& ws) {
@@ -25,10 +27,11 @@ void tasks(const TruncateParams& p, int64_t first, int64_t step, const T* input,
 
 template <class T>
 void truncate_cpu(const TruncateParams& p, const T* input, const T* grad_output, T* output) {
-  const int64_t threads = std::min(thread_count(), p.tasks());
+  const int64_t pixels = p.planes * p.height * p.row();
+  const int64_t threads = std::min(threads_worth(pixels, kPixelsPerThread), p.tasks());
   std::vector<std::unique_ptr<TruncateWorkspace>> workspaces;
   for (int64_t k = 0; k < threads; ++k) workspaces.push_back(std::make_unique<TruncateWorkspace>(p));
-  advise_huge_pages(output, size_t(p.planes * p.height * p.row()) * sizeof(T));
+  advise_huge_pages(output, size_t(pixels) * sizeof(T));
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) tasks(p, k, threads, input, grad_output, output, *workspaces[k]);
   });

@@ -13,6 +13,7 @@ namespace hdrops::deform_conv2d {
 
 template <class T>
 void backward_cpu(const Params& params) {
+  ThreadLimit limit(threads_worth(4 * params.work(), kWorkPerThread));
   HDROPS_ISA_CALL(backward<T>(params));
 }
 

@@ -81,6 +81,7 @@ Params describe(const Tensor& input, const Tensor& offset, const Tensor& weight,
   }
   HDROPS_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.out_channels > 0 && weight.size(1) > 0 && p.in_channels > 0,
                "deform_conv2d: the kernel and both channel counts must not be empty");
+  HDROPS_CHECK(p.height > 0 && p.width > 0, "deform_conv2d: the input must have at least one row and column");
   HDROPS_CHECK(p.height <= INT32_MAX && p.width <= INT32_MAX && p.kernel_h <= INT32_MAX && p.kernel_w <= INT32_MAX,
                "deform_conv2d: height and width of input and kernel must be below 2^31");
   p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;

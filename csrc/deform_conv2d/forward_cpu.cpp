@@ -22,6 +22,7 @@ bool needs_wide_index(int64_t image_elements) {
 
 template <class T>
 void forward_cpu(const Params& params) {
+  ThreadLimit limit(threads_worth(params.work(), kWorkPerThread));
   HDROPS_ISA_CALL(forward<T>(params));
 }
 

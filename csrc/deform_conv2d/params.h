@@ -40,7 +40,13 @@ struct Params {
 
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t out_pixels() const { return out_height * out_width; }
+
+  // Multiply-adds of a forward pass, a bilinear sample counted as 16.
+  int64_t work() const { return batch * out_pixels() * taps() * in_channels * (out_channels / groups + 16); }
 };
+
+// The work a thread of the CPU kernels should have, in Params::work's unit: some 200 microseconds.
+constexpr int64_t kWorkPerThread = int64_t(4) << 20;
 
 // Whether the CPU kernels address an image of that many elements by 64-bit indices; HDROPS_INDEX_WIDTH=64 in the
 // environment makes every size need them, so that tests reach that path without 2^31 elements.

@@ -10,6 +10,7 @@ from hdrops import _backends
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
+_MAX_STEP = 2**31 - 1
 
 # Python kernels for dispatch keys of operators whose schemas are in csrc/schema.cpp; lives as long as the process.
 _LIBRARY = torch.library.Library("hdrops", "IMPL")
@@ -28,7 +29,7 @@ def checked_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -
 
     Raises:
         TypeError: something else than integers.
-        ValueError: not one or two of them, or one below ``minimum``.
+        ValueError: not one or two of them, or one below ``minimum`` or above 2**31 - 1.
     """
 
     def rule() -> str:
@@ -40,6 +41,8 @@ def checked_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -
             raise TypeError(rule())
     if len(values) != 2 or values[0] < minimum or values[1] < minimum:
         raise ValueError(rule())
+    if values[0] > _MAX_STEP or values[1] > _MAX_STEP:
+        raise ValueError(f"{op}: {name} must be below 2**31, got {value!r}")
     return values[0], values[1]
 
 

@@ -80,6 +80,8 @@ def merge_exposures(
     """
     op = "merge_exposures"
     _check(stack, log_exposures, curve, weight, mask)
+    if not isinstance(fallback, bool):
+        raise TypeError(f"{op}: fallback must be a bool, got {fallback!r}")
     if stack.dtype in _common.HALF_DTYPES and _common.autocast_dtype(stack) is not None:
         stack = stack.float()
     if _backends.choose(op, stack, backend, _CAN_RUN) == "reference":
@@ -102,6 +104,12 @@ def _check(
 ) -> None:
     """Everything that shapes, dtypes and devices can tell."""
     op = "merge_exposures"
+    for name, given in (("stack", stack), ("log_exposures", log_exposures)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(given).__name__}")
+    for name, table in (("curve", curve), ("mask", mask)):
+        if table is not None and not isinstance(table, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor or None, got {type(table).__name__}")
     if stack.dtype not in (*_common.FLOATING_DTYPES, *_reference.LEVELS):
         raise TypeError(f"{op}: stack must be float32, float64, bfloat16, float16, uint8 or uint16, got {stack.dtype}")
     if stack.dim() != 5:
@@ -126,7 +134,7 @@ def _check(
         _check_table("weight", weight)
         if weight.dim() != 1:
             raise ValueError(f"{op}: weight must be a table [L], got shape {list(weight.shape)}")
-    elif weight not in _reference.WEIGHT_TABLES:
+    elif not isinstance(weight, str) or weight not in _reference.WEIGHT_TABLES:
         names = ", ".join(_reference.WEIGHT_TABLES)
         raise ValueError(f"{op}: weight must be one of {names} or a tensor [L], got {weight!r}")
     if mask is not None:

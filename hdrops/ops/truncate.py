@@ -61,6 +61,12 @@ def truncate(input: Tensor, *, radius: int = 2, eps: float = 0.01, backend: str 
 
 
 def _check(input: Tensor, radius: int, eps: float) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"truncate: input must be a tensor, got {type(input).__name__}")
+    if isinstance(radius, bool) or not isinstance(radius, (int, torch.SymInt)):
+        raise TypeError(f"truncate: radius must be an integer, got {radius!r}")
+    if not isinstance(eps, (int, float, torch.SymFloat)):
+        raise TypeError(f"truncate: eps must be a number, got {eps!r}")
     if input.dtype not in _common.FLOATING_DTYPES:
         raise TypeError(f"truncate: input must be float32, float64, bfloat16 or float16, got {input.dtype}")
     if input.dim() != 4:
