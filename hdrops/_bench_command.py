@@ -4,6 +4,7 @@ The two take turns, so that a machine that slows down slows both; each time is t
 """
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 
@@ -14,13 +15,28 @@ from hdrops._operator_cases import Case, cases
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--size", default="540x960", metavar="HxW", help="of a frame (default 540x960)")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each (default 5)")
+    parser.add_argument("--size", type=_size, default=(540, 960), metavar="HxW", help="of a frame (default 540x960)")
+
+
+def positive(text: str) -> int:
+    """A positive whole number from the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    # A quarter of a side, the size of the features, must hold a 3 x 3 kernel.
+    if found is None or min(map(int, found.groups())) < 12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HxW, both at least 12")
+    return int(found[1]), int(found[2])
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table."""
-    height, width = map(int, args.size.lower().split("x"))
+    height, width = args.size
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {simd_level()}; best of {args.rounds}, ms")
     print(f"{'':16} {'forward':>29} {'forward + backward':>29}")
     print(f"{'operator':16} {'hdrops':>9} {'PyTorch':>9} {'ratio':>9} {'hdrops':>9} {'PyTorch':>9} {'ratio':>9}  input")

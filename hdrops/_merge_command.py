@@ -145,6 +145,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise InputError("--device meta: holds no pixels")
     return device
 
 

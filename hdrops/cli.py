@@ -5,6 +5,7 @@ error of hdrops itself shows its traceback, exit code 1.
 """
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -15,6 +16,7 @@ import torch
 
 import hdrops
 from hdrops import _bench_command, _config, _crf_command, _merge_command, _tonemap_command
+from hdrops._bench_command import positive
 from hdrops.camera.calibration import METHODS
 from hdrops.io import InputError
 
@@ -80,6 +82,8 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] = build_parser) -> int:
     """Runs the command line ``argv``; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     args = build().parse_args(_keep_negative(sys.argv[1:] if argv is None else argv))
     name = f"hdrops {args.command}"
     logging.basicConfig(format=f"{name}: %(levelname)s: %(message)s", stream=sys.stderr, force=True)
@@ -112,15 +116,9 @@ def _command(
         name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", allow_abbrev=False
     )
     parser.set_defaults(run=run, command=name)
-    parser.add_argument("--threads", type=_positive, help="threads of the kernels (default: all cores)")
+    parser.add_argument("--threads", type=positive, help="threads of the kernels (default: all cores)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def _keep_negative(argv: Sequence[str]) -> list[str]:

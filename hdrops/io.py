@@ -165,7 +165,7 @@ def write_image(path: str | os.PathLike[str], pixels: Pixels) -> None:
     try:
         with _quiet():
             encode(path, pixels)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeError) as error:
         raise InputError(f"{path}: cannot be written ({_first_line(error)})") from error
 
 
@@ -325,10 +325,9 @@ def _decode_tiff(path: Path) -> Pixels:
 
 def _decode_opencv(path: Path, data: bytearray | None = None) -> Pixels:
     cv2 = need("cv2", f"reading {path.name}")
-    if data is None:
-        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    else:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    # From memory: OpenCV crashes at a name that is not UTF-8.
+    encoded = np.fromfile(path, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+    pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise InputError(f"{path}: damaged, truncated or of an unsupported kind")
     if pixels.ndim == 3 and pixels.shape[2] >= 3:
@@ -393,6 +392,7 @@ def _turn(pixels: Pixels, orientation: int) -> Pixels:
 
 def _encode_exr(path: Path, pixels: Pixels) -> None:
     openexr = need("OpenEXR", "writing OpenEXR")
+    str(path).encode()  # OpenEXR takes no other names; they raise UnicodeEncodeError here
     header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage, "software": "hdrops"}
     with openexr.File(header, {"RGB": np.ascontiguousarray(pixels, dtype=np.float32)}) as file:
         file.write(str(path))
@@ -400,8 +400,11 @@ def _encode_exr(path: Path, pixels: Pixels) -> None:
 
 def _encode_hdr(path: Path, pixels: Pixels) -> None:
     cv2 = need("cv2", "writing Radiance HDR")
-    if not cv2.imwrite(str(path), cv2.cvtColor(np.ascontiguousarray(pixels, dtype=np.float32), cv2.COLOR_RGB2BGR)):
+    swapped = cv2.cvtColor(np.ascontiguousarray(pixels, dtype=np.float32), cv2.COLOR_RGB2BGR)
+    done, encoded = cv2.imencode(".hdr", swapped)
+    if not done:
         raise OSError("the encoder failed")
+    encoded.tofile(path)
 
 
 def _encode_tiff(path: Path, pixels: Pixels) -> None:

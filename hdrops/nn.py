@@ -31,6 +31,7 @@ class DeformConv2d(nn.Module):
         or None -> [N, O, out_h, out_w]; see :func:`hdrops.deform_conv2d`.
 
     Example:
+        >>> import torch, hdrops
         >>> layer = hdrops.nn.DeformConv2d(4, 6, 3, padding=1)
         >>> layer(torch.rand(1, 4, 8, 9), torch.zeros(1, 18, 8, 9)).shape
         torch.Size([1, 6, 8, 9])
@@ -106,6 +107,7 @@ class ModulatedDeformConv2d(DeformConv2d):
         bias: whether to learn one.
 
     Example:
+        >>> import torch, hdrops
         >>> layer = hdrops.nn.ModulatedDeformConv2d(4, 6, 3, padding=1, offset_groups=2)
         >>> layer(torch.rand(1, 4, 8, 9)).shape
         torch.Size([1, 6, 8, 9])
@@ -214,6 +216,7 @@ class CRF(nn.Module):
         input's shape, in its dtype, for codes in the curve's.
 
     Example:
+        >>> import torch, hdrops
         >>> gamma = hdrops.nn.CRF(curve=torch.linspace(0, 1, 1024) ** 2.2, learnable=False)
         >>> gamma(torch.full((1, 3, 2, 2), 0.5)).mean().round(decimals=3)
         tensor(0.2180)
@@ -271,6 +274,7 @@ class ExposureMerge(nn.Module):
         stack [N, P, C, H, W], log_exposures [N or 1, P], mask [N or 1, P, 1, H, W] or None -> [N, C, H, W].
 
     Example:
+        >>> import torch, hdrops
         >>> merge = hdrops.nn.ExposureMerge(torch.linspace(0.01, 1, 256), learnable=True)
         >>> merge(torch.rand(1, 3, 3, 8, 9), torch.tensor([[-2.0, 0.0, 2.0]])).shape
         torch.Size([1, 3, 8, 9])

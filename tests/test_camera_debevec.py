@@ -1,5 +1,7 @@
 """The least squares on given samples: exactness against the dense system, gradients, robustness."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +174,13 @@ def test_errors_say_what_is_wrong(solve, arguments: dict, kind: type[Exception],
     }
     with pytest.raises(kind, match=message):
         solve(**given)
+
+
+def test_the_first_call_imports_nothing_large():
+    code = (
+        "import sys, torch; from hdrops.camera import estimate_crf; before = set(sys.modules);"
+        "estimate_crf(torch.arange(64).byte().view(1, 1, 1, 8, 8) * torch.tensor([1, 2]).byte().view(1, 2, 1, 1, 1),"
+        "torch.tensor([0.0, 0.7])); print('sympy' in set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.strip() == "False", done.stderr

@@ -496,6 +496,7 @@ def test_options_out_of_range(capsys, output, frames):
     refuses(capsys, output, "--mask-color 0,0,300", *common, "--mask-color", "0,0,300")
     refuses(capsys, output, "--device cuda:77", *common, "--device", "cuda:77")
     refuses(capsys, output, "--device nowhere", *common, "--device", "nowhere")
+    refuses(capsys, output, "--device meta", *common, "--device", "meta")
     refuses(capsys, output, "samples must be at least 2", *common, "--samples", "1")
 
 
@@ -577,11 +578,34 @@ def test_the_command_line_itself(frames, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["merge"], ["merge", "a.png"], ["nonsense"], ["merge", "-o", "a.exr", "--weight", "heavy"]]
+    "words",
+    [
+        [],
+        ["merge"],
+        ["merge", "a.png"],
+        ["nonsense"],
+        ["merge", "-o", "a.exr", "--weight", "heavy"],
+        ["bench", "--size", "64"],
+        ["bench", "--size", "0x64"],
+        ["bench", "--rounds", "0"],
+    ],
 )
 def test_usage_errors(capsys, words):
     code, out, err = run(capsys, *words)
     assert code == 2 and out == "" and "usage: hdrops" in err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS refuses names that are not UTF-8")
+@pytest.mark.parametrize("suffix", [".hdr", ".tif"])
+def test_names_that_are_not_utf_8(frames, tmp_path, suffix):
+    names = [tmp_path / f"caf\udce9_{index}.png" for index in range(len(frames))]
+    for name, frame in zip(names, frames, strict=True):
+        name.write_bytes(Path(frame).read_bytes())
+    output = tmp_path / f"sc\udce8ne{suffix}"
+    command = [sys.executable, "-m", "hdrops", "merge", *names, "--times", "1/64,1/8,1", "-o", output]
+    done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stderr == b"" and b"sc\\udce8ne" in done.stdout
+    assert read_image(output).shape == (48, 72, 3)
 
 
 def test_the_demo(capsys, tmp_path, monkeypatch):

@@ -681,6 +681,6 @@ def test_positional_call_in_torchvisions_order() -> None:
 
 @pytest.mark.parametrize("module", ["hdrops.ops.deform_conv2d", "hdrops.nn"])
 def test_the_docstrings_examples_run(module: str) -> None:
-    results = doctest.testmod(sys.modules[module], extraglobs={"torch": torch, "hdrops": hdrops})
+    results = doctest.testmod(sys.modules[module])
     assert results.attempted > 0
     assert results.failed == 0

@@ -204,6 +204,14 @@ def test_other_files_are_refused(tmp_path, content, message):
         read_image(tmp_path / "thing.jpg")
 
 
+def test_names_that_are_not_utf_8(tmp_path, codes, radiance):
+    picture = tmp_path / "caf\udce9.png"
+    write_image(picture, codes)
+    np.testing.assert_array_equal(read_image(picture), codes)
+    with pytest.raises(InputError, match=r"cannot be written"):
+        write_image(tmp_path / "caf\udce9.exr", radiance)
+
+
 def test_absent_files_and_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"gone\.jpg: No such file"):
         read_image(tmp_path / "gone.jpg")

@@ -4,6 +4,7 @@ An observation at integer code z reads the curve at z; one at a fractional code 
 codes.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,7 +176,8 @@ class Layout:
         self.single = codes.dim() == 2
         samples, frames = codes.shape[:2] if self.single else codes.shape[-3:-1]
         channels = 1 if self.single else codes.shape[-1]
-        self.lead = torch.broadcast_shapes(codes.shape[:-3], log_exposures.shape[:-1])
+        # Not torch.broadcast_shapes, whose first call imports sympy: half a second.
+        self.lead = np.broadcast_shapes(codes.shape[:-3], log_exposures.shape[:-1])
         self.shape = (*self.lead, samples, frames, channels)
 
     def systems(self, tensor: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def crf_lookup(
         NotImplementedError: a backend that cannot run the call, or a derivative that the kernels do not have.
 
     Example:
+        >>> import torch, hdrops
         >>> gamma = torch.linspace(0, 1, 1024) ** 2.2
         >>> image = torch.rand(1, 3, 4, 5)
         >>> torch.allclose(hdrops.crf_lookup(image, gamma), image ** 2.2, atol=1e-4)
@@ -120,6 +121,7 @@ def quantize_ste(input: Tensor, *, levels: int = 256, gradient: str = "inside", 
         NotImplementedError: a backend that cannot run the call, or a derivative that the kernel does not have.
 
     Example:
+        >>> import torch, hdrops
         >>> hdrops.quantize_ste(torch.tensor([0.1, 0.4, 2.0]), levels=5)
         tensor([0.0000, 0.5000, 1.0000])
 
@@ -161,6 +163,7 @@ def tent_histogram(input: Tensor, *, bins: Sequence[int] = (4, 8, 16), backend: 
         NotImplementedError: a backend that cannot run the call, or a derivative that the kernel does not have.
 
     Example:
+        >>> import torch, hdrops
         >>> hdrops.tent_histogram(torch.full((1, 1, 1, 1), 0.375), bins=(2,)).flatten()
         tensor([0.2500, 0.7500, 0.0000])
 
@@ -205,6 +208,7 @@ def value_histogram(input: Tensor, *, bins: int = 256, backend: str | None = Non
         NotImplementedError: a backend that cannot run the call, or a derivative that the kernel does not have.
 
     Example:
+        >>> import torch, hdrops
         >>> hdrops.value_histogram(torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 1, 1, 3), bins=5)
         tensor([[[0.0000, 0.0000, 0.2500, 0.0000, 0.2500]]])
 

@@ -77,6 +77,7 @@ def deform_conv2d(
         NotImplementedError: a backend that cannot run the call, or a derivative that the kernels do not have.
 
     Example:
+        >>> import torch, hdrops
         >>> input, weight = torch.rand(1, 4, 8, 9), torch.rand(6, 4, 3, 3)
         >>> offset, mask = torch.zeros(1, 18, 8, 9), torch.ones(1, 9, 8, 9)
         >>> output = hdrops.deform_conv2d(input, offset, weight, padding=1, mask=mask)
