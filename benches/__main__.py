@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import textwrap
 import time
 from datetime import date
 from importlib import metadata
@@ -140,9 +141,9 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     axes.invert_yaxis()
     axes.tick_params(labelsize=7)
     axes.set_xlabel("peer time / hdrops time, one thread (higher is better); red: the ratio to reach")
-    axes.set_title(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes.set_title("\n".join(textwrap.wrap(title, 100)), fontsize=8)
+    axes.margins(x=0.1, y=0.01)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
 def main() -> None:

@@ -55,16 +55,19 @@ def lookup_uint8() -> Contenders:
     return found
 
 
-def bracket(frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """A bracket as read from files: uint8, interleaved, [1, P, 3, H, W], and its exposure times in seconds."""
-    radiance = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(0)) ** 3 * 8
+def bracket(frames: int, height: int, width: int, brightest: float = 8.0) -> tuple[Tensor, Tensor]:
+    """A bracket as read from files: uint8, interleaved, [1, P, 3, H, W], and its exposure times in seconds.
+
+    Five frames reach a radiance of 4: with 8, a fifth of the readings clips in every frame.
+    """
+    radiance = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(0)) ** 3 * brightest
     times = 2.0 ** (torch.arange(frames) - frames // 2).double()
     codes = [((radiance * t).clamp(0, 1) ** (1 / 2.2) * 255).round().byte() for t in times]
     return torch.stack(codes)[None].movedim(-1, 2), times
 
 
-def merging(frames: int, height: int, width: int) -> Contenders:
-    stack, times = bracket(frames, height, width)
+def merging(frames: int, height: int, width: int, brightest: float = 8.0) -> Contenders:
+    stack, times = bracket(frames, height, width, brightest)
     log_times = times.log().float()[None]
     curve = torch.linspace(0, 1, 256) ** 2.2 + 1e-4
     planar = stack.contiguous()
@@ -150,6 +153,12 @@ CASES = [
         {"OpenCV MergeDebevec": 10},
         bytes=9.0 * MEGA,
         threads=(1, 2),
+    ),
+    Case(
+        "merge_exposures uint8 5x3x1080p, scene within the bracket",
+        lambda: merging(5, 1080, 1920, brightest=3.9),
+        {"OpenCV MergeDebevec": 10},
+        bytes=9.0 * MEGA,
     ),
     Case("merge_exposures uint8 4x3x6MP", lambda: merging(4, 2000, 3000), {}, bytes=8.0 * 3 * 6e6),
     Case("tent_histogram forward 8x3x256x256", lambda: tent(False), {}, bytes=4.0 * 94 * 8 * 256 * 256 * 3 / 3),
