@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "common/layout.h"
 #include "crf/truncate_cpu.h"
 
 namespace hdrops {
@@ -14,16 +15,6 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
-
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
-  }
-  return true;
-}
 
 // The result, or with grad_output the gradient; both in the input's layout.
 Tensor run(const Tensor& input, const Tensor* grad_output, int64_t radius, double eps) {

@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/layout.h"
 #include "common/memory.h"
 #include "deform_conv2d/params.h"
 
@@ -22,16 +23,6 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 using Pair = std::vector<int64_t>;
-
-bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t dim : {1, 3, 2, 0}) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
-  }
-  return true;
-}
 
 Tensor in_format(const Tensor& tensor, bool channels_last) {
   return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
