@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "Tensor? mask, bool fallback, bool[3] output_mask) "
       "-> (Tensor grad_stack, Tensor grad_log_exposures, Tensor grad_curve)");
 
-  // Response recovery: the folded system of solve_debevec from few samples; codes [B, S, P], strength [L], right [B, L].
+  // Response recovery from few samples, the folded system of solve_debevec: lower, fraction, square [B, S, P],
+  // strength [L], right and curve [B, L], solved [B].
   m.def(
       "_solve_few_samples(Tensor lower, Tensor? fraction, Tensor square, Tensor strength, Tensor right) "
       "-> (Tensor curve, Tensor solved)");

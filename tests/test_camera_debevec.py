@@ -136,6 +136,7 @@ def test_gradients(masked: bool) -> None:
     )
 
 
+@pytest.mark.asan
 @pytest.mark.parametrize("smoothness", [1.0, 1000.0])
 @pytest.mark.parametrize("samples", [5, 70, 192])
 def test_few_and_many_samples_agree(monkeypatch: pytest.MonkeyPatch, samples: int, smoothness: float) -> None:
