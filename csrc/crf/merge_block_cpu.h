@@ -2,8 +2,8 @@
 //
 // prepare() points at the block's readings, frame after frame in order of exposure; accumulate() sums w and
 // w (ln g - ln t) over the frames; an element whose weights sum to nearly nothing goes through resolve(), alone, which
-// knows every rule: masks, NaN, clipping in every frame. 8-bit codes read both terms of a frame from a table in one
-// load; other readings are evaluated in vectors, with the same code for one lane and for many.
+// knows every rule: masks, NaN, clipping in every frame. 8-bit codes read all terms of a frame from a table in one
+// load, and without a mask those of the fallback are among them; other readings are evaluated in vectors, with the same code for one lane and for many.
 namespace hdrops {
 namespace HDROPS_ISA {
 
@@ -243,7 +243,7 @@ template <class T, class A>
 void prepare_offsets(const MergeParams<A>& p, int64_t block, MergeWorkspace<T, A>& ws) {
   for (int64_t i = 0; i < block; ++i) {
     ws.curve_offset[i] = int32_t(i % p.channels * p.curve_stride_c);
-    ws.table_offset[i] = int32_t(i % p.channels * p.table_stride_c);
+    ws.code_offset[i] = int32_t(p.table_stride_c != 0 ? i % p.channels * kCodes8 : 0);
   }
 }
 
@@ -263,8 +263,8 @@ HDROPS_HD void accumulate_readings(const MergeParams<A>& p, const MergeStream<T,
   store<N>(ws.value_sum + i, values);
 }
 
-// Which table a code is read in: one for all; those of three channels in turn, from a channel known to the compiler, so
-// that the channel is part of the address; or as table_offset says.
+// Which table a code is read in: one for all; those of three channels in turn, from a channel known to the compiler; or
+// as code_offset says.
 constexpr int kOneTable = -1, kAnyChannels = 3;
 
 // Adds a frame's terms of kGroup 8-bit codes from i, one load each.
@@ -272,14 +272,14 @@ template <int kGroup, int kChannel, bool kShares, class A>
 HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
                                   const MergeWorkspace<uint8_t, A>& ws, int64_t j, int64_t i,
                                   vec<A, kCodeTerms> (&sums)[kGroup]) {
-  const A* table = s.table + j * p.table_stride_p;
+  const A* table = s.table + j * kCodeTerms * kCodes8;
   const uint8_t* row = ws.ordered_row[j] + i;
   for (int k = 0; k < kGroup; ++k) {
     const A* entry = table + kCodeTerms * int64_t(row[k]);
     if constexpr (kChannel == kAnyChannels) {
-      entry += ws.table_offset[i + k];
+      entry += ws.code_offset[i + k] * (kCodeTerms * p.frames);
     } else if constexpr (kChannel != kOneTable) {
-      entry += (kChannel + k) % 3 * kCodeTerms * kCodes8;
+      entry += (kChannel + k) % 3 * p.table_stride_c;
     }
     vec<A, kCodeTerms> terms = load<kCodeTerms>(entry);
     if constexpr (kShares) terms *= ws.ordered_share[j][i + k];

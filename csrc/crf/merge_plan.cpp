@@ -97,17 +97,16 @@ void MergePlan<A>::tabulate(MergeParams<A>& params, int64_t exposure_images, int
   params.log_curve_stride_c = curve_channels > 1 ? kCodes8 : 0;
 
   int64_t images = std::max(exposure_images, curve_images);
-  params.table_stride_c = curve_channels > 1 ? kCodeTerms * kCodes8 : 0;
-  params.table_stride_p = kCodeTerms * kCodes8 * curve_channels;
-  int64_t image_size = params.frames * params.table_stride_p;
+  const int64_t channel_size = params.frames * kCodes8 * kCodeTerms, image_size = curve_channels * channel_size;
+  params.table_stride_c = curve_channels > 1 ? channel_size : 0;
   params.table_stride_n = images > 1 ? image_size : 0;
   table_ = std::make_unique<Scratch<A>>(images * image_size);
   A* terms = table_->get();
   for (int64_t n = 0; n < images; ++n) {
     const A* log_exposures = params.log_exposures + n * params.exposure_stride_n;
-    for (int64_t j = 0; j < params.frames; ++j) {
-      for (int64_t c = 0; c < curve_channels; ++c) {
-        const A* log_curve = params.log_curve + n * params.log_curve_stride_n + c * params.log_curve_stride_c;
+    for (int64_t c = 0; c < curve_channels; ++c) {
+      const A* log_curve = params.log_curve + n * params.log_curve_stride_n + c * params.log_curve_stride_c;
+      for (int64_t j = 0; j < params.frames; ++j) {
         for (int z = 0; z < kCodes8; ++z, terms += kCodeTerms) {
           A w = params.code_weight[z], value = log_curve[z] - log_exposures[j];
           terms[0] = w;
