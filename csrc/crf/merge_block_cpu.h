@@ -287,20 +287,16 @@ HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uin
   }
 }
 
-// Sums over the frames; the first kFrames are unrolled, which loads the codes twice as fast as a loop does.
+// Sums over the frames; of a number known to the compiler (kFrames) unrolled, which is twice as fast, else 0.
 template <int kFrames, int kGroup, int kChannel, bool kShares, class A>
 HDROPS_HD void sum_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
                          const MergeWorkspace<uint8_t, A>& ws, int64_t i, vec<A, kCodeTerms> (&sums)[kGroup]) {
-  if constexpr (kFrames >= 3) {
-    add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, 0, i, sums);
-    add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, 1, i, sums);
-    add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, 2, i, sums);
+  if constexpr (kFrames > 0) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kFrames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
+  } else {
+    for (int64_t j = 0; j < p.frames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
   }
-  if constexpr (kFrames >= 5) {
-    add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, 3, i, sums);
-    add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, 4, i, sums);
-  }
-  for (int64_t j = kFrames; j < p.frames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
 }
 
 // Of N codes that no mask weighs: the weighted mean or, by fallback, the estimate of the one frame that
@@ -378,8 +374,9 @@ void merge_codes_unrolled(const MergeParams<A>& p, const MergeStream<uint8_t, A>
 template <CodeResult kResult, class A>
 void merge_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
                  int64_t count) {
-  if (p.frames >= 5) return merge_codes_unrolled<kResult, 5>(p, s, ws, count);
-  if (p.frames >= 3) return merge_codes_unrolled<kResult, 3>(p, s, ws, count);
+  if (p.frames == 3) return merge_codes_unrolled<kResult, 3>(p, s, ws, count);
+  if (p.frames == 4) return merge_codes_unrolled<kResult, 4>(p, s, ws, count);
+  if (p.frames == 5) return merge_codes_unrolled<kResult, 5>(p, s, ws, count);
   merge_codes_unrolled<kResult, 0>(p, s, ws, count);
 }
 
