@@ -3,7 +3,8 @@
 // prepare() points at the block's readings, frame after frame in order of exposure; accumulate() sums w and
 // w (ln g - ln t) over the frames; an element whose weights sum to nearly nothing goes through resolve(), alone, which
 // knows every rule: masks, NaN, clipping in every frame. 8-bit codes read all terms of a frame from a table in one
-// load, and without a mask those of the fallback are among them; other readings are evaluated in vectors, with the same code for one lane and for many.
+// load, those of the fallback among them, which without a mask needs no resolve(). Other readings are evaluated in
+// vectors, with the same code for one lane and for many.
 namespace hdrops {
 namespace HDROPS_ISA {
 
