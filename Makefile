@@ -25,7 +25,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
 ASAN := build/asan
 
-.PHONY: help machine build demo test lint format bench test-asan peers peers-environment cuda cuda-toolkit wheel clean distclean
+.PHONY: help machine build demo test lint format bench test-asan peers peers-environment cuda cuda-toolkit gpu wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make test-asan  a reduced set of tests under AddressSanitizer and UBSan'
 	@echo 'make peers      the comparisons with torchvision and ONNX Runtime, in an environment of their own'
 	@echo 'make cuda       compile the CUDA library for all architectures, without a GPU, and check it'
+	@echo 'make gpu        on a machine with a GPU: build, test, sanitize and measure with the torch of $$(PYTHON)'
 	@echo 'make bench      the benchmarks against torchvision, ONNX Runtime and OpenCV, in that environment too'
 	@echo 'make lint       ruff, mypy and clang-format; make format applies the formats'
 	@echo 'make build      build and install into $(VENV) in place'
@@ -124,6 +125,10 @@ cuda-toolkit: peers-environment
 cuda: cuda-toolkit
 	HDROPS_CUDA=only HDROPS_CUDA_ARCH='$(CUDA_ARCH)' $(PEERS_BIN)/python setup.py -q build_ext --inplace
 	PYTHONPATH=. HDROPS_CUDA_TESTS=1 $(PEERS_BIN)/pytest tests/test_cuda_library.py tests/test_abi.py $(ARGS)
+
+# No environment of its own: a machine with a GPU has its torch, and may have no network.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benches.gpu $(ARGS)
 
 wheel: build
 	rm -rf build/lib* dist
