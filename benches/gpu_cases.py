@@ -45,7 +45,7 @@ BACKWARD_GOALS = {"tf32": {"torchvision": 4.0}, "bf16": {"torchvision tf32": 6.0
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One benchmark on a GPU, as registry.Case; `rate` names the ceiling of arithmetic, "" where memory is the limit."""
+    """One benchmark on a GPU, as registry.Case; `rate` names the ceiling of arithmetic, or is "" for memory."""
 
     name: str
     build: Callable[[], Contenders]
