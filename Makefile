@@ -9,6 +9,10 @@ VENV ?= .venv
 # Comparisons with other packages run the same library under the newest torch those packages have.
 PEERS_VENV ?= .venv-peers
 PEERS ?= torch==2.14.1 torchvision==0.29.1 onnxruntime onnx onnxscript opencv-python-headless
+# The CUDA library is built with the machine's toolkit where there is one, else with PyPI's, and without a GPU.
+CUDA_PACKAGES ?= 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
+  'nvidia-cuda-runtime==13.0.*'
+CUDA_ARCH ?= 8.0;9.0;10.0;12.0
 # More arguments for pytest or the benchmarks: make test ARGS='tests/test_abi.py -x'
 ARGS ?=
 export MAX_JOBS ?= 2
@@ -21,7 +25,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
 ASAN := build/asan
 
-.PHONY: help machine build demo test lint format bench test-asan peers peers-environment wheel clean distclean
+.PHONY: help machine build demo test lint format bench test-asan peers peers-environment cuda cuda-toolkit gpu wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +33,8 @@ help:
 	@echo 'make test       build, and run the tests'
 	@echo 'make test-asan  a reduced set of tests under AddressSanitizer and UBSan'
 	@echo 'make peers      the comparisons with torchvision and ONNX Runtime, in an environment of their own'
+	@echo 'make cuda       compile the CUDA library for all architectures, without a GPU, and check it'
+	@echo 'make gpu        on a machine with a GPU: build, test, sanitize and measure with the torch of $$(PYTHON)'
 	@echo 'make bench      the benchmarks against torchvision, ONNX Runtime and OpenCV, in that environment too'
 	@echo 'make lint       ruff, mypy and clang-format; make format applies the formats'
 	@echo 'make build      build and install into $(VENV) in place'
@@ -111,6 +117,18 @@ peers-environment: wheel | $(PEERS_VENV)/created
 
 peers: peers-environment
 	$(PEERS_BIN)/pytest $(PEER_TESTS) $(ARGS)
+
+cuda-toolkit: peers-environment
+	@test -n "$$CUDA_HOME" || command -v nvcc >/dev/null || $(PEERS_BIN)/python $(PIP_INSTALL) $(CUDA_PACKAGES)
+
+# Links against the peers' torch, which is one for CUDA; runs beside the CPU library of this checkout.
+cuda: cuda-toolkit
+	HDROPS_CUDA=only HDROPS_CUDA_ARCH='$(CUDA_ARCH)' $(PEERS_BIN)/python setup.py -q build_ext --inplace
+	PYTHONPATH=. HDROPS_CUDA_TESTS=1 $(PEERS_BIN)/pytest tests/test_cuda_library.py tests/test_abi.py $(ARGS)
+
+# No environment of its own: a machine with a GPU has its torch, and may have no network.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benches.gpu $(ARGS)
 
 wheel: build
 	rm -rf build/lib* dist

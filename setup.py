@@ -6,7 +6,8 @@ Object files stay in ``build/objects``, whichever command builds (pip, editable,
 what changed.
 
 Environment:
-    HDROPS_CUDA        auto (default): build the CUDA library if possible; 1: fail if it is not; 0: never build it.
+    HDROPS_CUDA        auto (default): build the CUDA library if possible; 1: fail if it is not; 0: never build it;
+                       only: like 1, and leave the CPU library alone (for work on kernels).
     HDROPS_CUDA_ARCH   architectures, in the form of TORCH_CUDA_ARCH_LIST (which serves as well); default: all of
                        CUDA_ARCHITECTURES below that the toolkit knows.
     HDROPS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer, for `make test-asan`.
@@ -14,6 +15,7 @@ Environment:
     MAX_JOBS           parallel compilations.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -35,7 +37,15 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 # Each with the first toolkit that knows it.
-CUDA_ARCHITECTURES = {"8.0": (11, 0), "8.6": (11, 1), "8.9": (11, 8), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
+CUDA_ARCHITECTURES = {
+    "7.5": (10, 0),
+    "8.0": (11, 0),
+    "8.6": (11, 1),
+    "8.9": (11, 8),
+    "9.0": (11, 8),
+    "10.0": (12, 8),
+    "12.0": (12, 8),
+}
 
 
 def switch(name: str, choices: tuple[str, ...]) -> str:
@@ -58,12 +68,32 @@ def cuda_home() -> Path | str:
             return root if (root / "bin" / "nvcc").exists() else f"{name}={root} has no bin/nvcc"
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        return "no nvcc on PATH and CUDA_HOME is not set"
+        packaged = packaged_toolkit()
+        return packaged or "no nvcc on PATH nor from PyPI (nvidia-cuda-nvcc), and CUDA_HOME is not set"
     # nvcc on PATH may be a wrapper; its dry run names the toolkit it belongs to.
     told = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
     root = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
     return root.resolve() if (root / "bin" / "nvcc").exists() else f"{nvcc} does not tell its toolkit; set CUDA_HOME"
+
+
+def packaged_toolkit() -> Path | None:
+    """The toolkit that the nvidia-cuda-* packages of PyPI make up in this environment."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+    return next((nvcc.parents[1] for folder in folders for nvcc in sorted(folder.glob("cu*/bin/nvcc"))), None)
+
+
+def cuda_runtime_folder(root: Path) -> Path:
+    """Where the linker finds libcudart.so; PyPI's toolkit has it under its versioned name only, and gets a link."""
+    for folder in (root / "lib64", root / "lib"):
+        if (folder / "libcudart.so").exists():
+            return folder
+    link = ROOT / "build" / "cudart" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(next((root / "lib").glob("libcudart.so.*")))
+    return link.parent
 
 
 def cuda_version(root: Path) -> tuple[int, int] | None:
@@ -105,10 +135,10 @@ def host_flags() -> list[str]:
 
 
 def extensions() -> list:
-    wanted = switch("HDROPS_CUDA", ("auto", "0", "1"))
+    wanted = switch("HDROPS_CUDA", ("auto", "0", "1", "only"))
     toolkit = "HDROPS_CUDA=0" if wanted == "0" else cuda_toolkit()
-    if wanted == "1" and isinstance(toolkit, str):
-        sys.exit(f"hdrops: HDROPS_CUDA=1 but the CUDA library cannot be built: {toolkit}")
+    if wanted in ("1", "only") and isinstance(toolkit, str):
+        sys.exit(f"hdrops: HDROPS_CUDA={wanted} but the CUDA library cannot be built: {toolkit}")
     host = host_flags()
     common = {
         "include_dirs": [str(ROOT / "csrc")],
@@ -116,7 +146,9 @@ def extensions() -> list:
         "py_limited_api": True,
     }
     flags = {"cxx": host + STABLE_ABI}
-    built = [cpp_extension.CppExtension("hdrops._C", sources(".cpp"), extra_compile_args=flags, **common)]
+    built = []
+    if wanted != "only":
+        built.append(cpp_extension.CppExtension("hdrops._C", sources(".cpp"), extra_compile_args=flags, **common))
     cuda = f"no CUDA library: {toolkit}"
     if not isinstance(toolkit, str):
         root, version = toolkit
@@ -126,6 +158,7 @@ def extensions() -> list:
         # torch guesses its CUDA_HOME at import, wrongly where nvcc on PATH is a wrapper.
         os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(root)
         flags = {**flags, "nvcc": ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]}
+        common["library_dirs"] = [str(cuda_runtime_folder(root))]
         built.append(cpp_extension.CUDAExtension("hdrops._C_cuda", sources(".cu"), extra_compile_args=flags, **common))
     print("hdrops build configuration")
     print(f"  torch        {torch.__version__} (headers only: the libraries run on every torch >= 2.11)")

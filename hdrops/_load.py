@@ -12,7 +12,7 @@ import torch
 _HERE = Path(__file__).parent
 
 
-def _library(stem: str) -> Path | None:
+def library_path(stem: str) -> Path | None:
     """The built library of that name, or None."""
     found = [path for path in sorted(_HERE.glob(f"{stem}*")) if path.suffix in (".so", ".pyd", ".dylib")]
     found = [path for path in found if path.name.split(".")[0] == stem]
@@ -20,7 +20,7 @@ def _library(stem: str) -> Path | None:
 
 
 def _load_cpu() -> Path:
-    path = _library("_C")
+    path = library_path("_C")
     if path is None:
         raise ImportError(
             f"hdrops: its compiled library _C is not in {_HERE}. If this is a source checkout, build it: "
@@ -36,7 +36,7 @@ def _load_cpu() -> Path:
 
 
 def _load_cuda() -> tuple[Path | None, Exception | None]:
-    path = _library("_C_cuda")
+    path = library_path("_C_cuda")
     if path is None or torch.version.cuda is None:
         return None, None
     try:

@@ -7,6 +7,25 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the operators' tests make their tensors: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the tests are imported: some keep tensors in module variables.
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device than the CPU only the operators' tests run, without those of the CPU kernels' own ways."""
+    if config.getoption("--device") == "cpu":
+        return
+    wanted = [item for item in items if item.get_closest_marker("device") and not item.get_closest_marker("cpu")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
 def data_dir() -> Path | None:
     """The folder of real test data: ``HDROPS_DATA``, or ``shared/data`` beside the checkout; None where absent."""
     candidates = [os.environ.get("HDROPS_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]

@@ -1,0 +1,95 @@
+"""The compiled CUDA library, on a machine without a GPU: it loads, registers every operator, and its machine code is
+what was meant (`make cuda` builds it and runs these tests; elsewhere they skip)."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benches import cuda_resources
+from hdrops import _load
+
+# Kernels that a whole network spends its time in: nothing of theirs may live in local memory.
+MAIN = ("deform_conv2d", "crf")
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    elif _load.CUDA_LIBRARY is None:
+        missing = "hdrops is built without its CUDA library"
+    if missing and os.environ.get("HDROPS_CUDA_TESTS") == "1":
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(f"{missing}; `make cuda` builds it and runs this test")
+    return _load.CUDA_LIBRARY
+
+
+@pytest.fixture(scope="session")
+def kernels(library: Path) -> dict[str, cuda_resources.Kernels]:
+    return cuda_resources.read(library)
+
+
+def registered(key: str) -> set[str]:
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return {name for name in names if name.startswith("hdrops::")}
+
+
+def test_library_loads_without_a_gpu(library: Path) -> None:
+    assert _load.CUDA_ERROR is None
+    if not torch.cuda.is_available():
+        assert _load.cuda_status() == "torch finds no CUDA device"
+
+
+def test_every_operator_with_a_cpu_kernel_has_a_cuda_kernel(library: Path) -> None:
+    assert registered("CPU") - registered("CUDA") == {"hdrops::_simd_level"}
+
+
+def test_no_kernel_spills_registers(kernels: dict[str, cuda_resources.Kernels]) -> None:
+    spilling = {
+        f"{arch} {name}": row["spills"]
+        for arch, found in kernels.items()
+        for name, row in found.items()
+        if name.startswith(MAIN) and row["spills"]
+    }
+    assert spilling == {}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_deform_conv2d_uses_the_matrix_units_and_moves_16_bytes(
+    direction: str, kernels: dict[str, cuda_resources.Kernels]
+) -> None:
+    for arch, found in kernels.items():
+        if arch == "sm_75":
+            continue
+        for dtype in ("bfloat16", "float16"):
+            rows = [r for name, r in found.items() if "deform_conv2d" in name and direction in name and dtype in name]
+            assert any(row["matrix"] and row["load_16_bytes"] for row in rows), f"{arch}: {direction} in {dtype}"
+
+
+def test_input_gradient_is_reduced_by_vectors_from_sm_90_on(kernels: dict[str, cuda_resources.Kernels]) -> None:
+    for arch in kernels.keys() & {"sm_90", "sm_100", "sm_120"}:
+        assert any(row["reduce_16_bytes"] for name, row in kernels[arch].items() if "deform_conv2d" in name), arch
+
+
+def test_resources_are_as_recorded(kernels: dict[str, cuda_resources.Kernels]) -> None:
+    recorded = json.loads(cuda_resources.TABLE.read_text())
+    if recorded["nvcc"] != cuda_resources.toolkit():
+        pytest.skip(f"the table is of nvcc {recorded['nvcc']}, here is {cuda_resources.toolkit()}")
+    changes = cuda_resources.differences(kernels, recorded["kernels"])
+    assert not changes, "record the change with `python -m benches.cuda_resources --write`:\n" + "\n".join(changes)
+
+
+def test_differences_name_what_changed() -> None:
+    row = {"registers": 32, "spills": 0}
+    now = {"sm_90": {"a<float>": {**row, "registers": 40}, "c": row}}
+    before = {"sm_90": {"a<float>": row, "b": row}, "sm_80": {"a<float>": row}}
+    assert cuda_resources.differences(now, before) == [
+        "sm_90: c is new",
+        "sm_90: b is gone",
+        "sm_90: a<float>: registers 32 -> 40",
+    ]
