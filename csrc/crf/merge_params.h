@@ -11,6 +11,14 @@ constexpr double kSmallestResponse = 1e-7;
 constexpr double kNoWeight = 1e-4;
 constexpr double kMergeEpsilon = 1e-9;
 
+// The largest reading.
+template <class T>
+constexpr double kMergeMax = 1;
+template <>
+inline constexpr double kMergeMax<uint8_t> = 255;
+template <>
+inline constexpr double kMergeMax<uint16_t> = 65535;
+
 enum class MergeMask : int { none, boolean, real };
 
 // A is the type sums are kept in, float or double. A stride of an optional dimension is 0 where it has size 1.
