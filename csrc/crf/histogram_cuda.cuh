@@ -9,7 +9,7 @@
 #pragma once
 #include "crf/bins_cuda.cuh"
 #include "crf/histogram_math.h"
-#include "crf/histogram_params.h"
+#include "crf/kernels_cuda.h"
 
 namespace hdrops {
 

@@ -11,7 +11,7 @@
 #pragma once
 #include "common/lut.h"
 #include "crf/bins_cuda.cuh"
-#include "crf/lookup_params.h"
+#include "crf/kernels_cuda.h"
 
 namespace hdrops {
 

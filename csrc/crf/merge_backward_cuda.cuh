@@ -18,14 +18,6 @@ namespace hdrops {
 constexpr int kMergeBackwardBlocks = 2;  // of a multiprocessor
 constexpr int64_t kSharedFrames = 128;
 
-// Null where not wanted.
-template <class A>
-struct MergeCudaGradients {
-  void* stack;       // [N, P, frame], dense
-  A* log_exposures;  // [N|1, P]
-  A* curve;          // [N|1, C|1, L]
-};
-
 template <class T>
 constexpr int kMergeSums = sizeof(T) == 1 ? 1 : 2;
 
@@ -238,11 +230,9 @@ struct MergeBackwardPass {
   MergeLaunch<A> cut{};
   BinPlan plan{0, 0, 0, 1, 0, kMergeBackwardBlocks};
   size_t other_shared;  // bytes beside the bins
-  int64_t exposure_images, curve_images, curve_channels;
+  MergeTablesOf<A> of;
 
-  MergeBackwardPass(const MergeParams<A>& p, bool curve_wanted, int64_t exposure_images_, int64_t curve_images_,
-                    int64_t curve_channels_)
-      : exposure_images(exposure_images_), curve_images(curve_images_), curve_channels(curve_channels_) {
+  MergeBackwardPass(const MergeParams<A>& p, const MergeTablesOf<A>& of_, bool curve_wanted) : of(of_) {
     cut.p = p;
     const size_t sums = p.frames <= kSharedFrames ? size_t(kBinWarps * p.frames) * sizeof(double) : 0;
     other_shared = sums + size_t(table_bytes());
@@ -258,7 +248,7 @@ struct MergeBackwardPass {
   }
 
   // Curves that a stream has.
-  int64_t stream_curves() const { return cut.p.interleaved && curve_channels > 1 ? cut.p.channels : 1; }
+  int64_t stream_curves() const { return cut.p.interleaved && of.curve_channels > 1 ? cut.p.channels : 1; }
 
   // What MergeTables takes of shared memory: as much as fits, and no more than there is.
   int64_t table_bytes() const {
@@ -275,32 +265,27 @@ struct MergeBackwardPass {
   }
 
   int64_t rows() const { return cut.streams * cut.parts; }
-  int64_t curves() const { return curve_images * curve_channels; }
-  size_t preparation() const { return merge_workspace_sizes<T>(cut.p, exposure_images, curves()).total(); }
+  size_t preparation() const { return merge_workspace_sizes<T>(cut.p, of).total(); }
   size_t time_rows() const { return size_t(rows() * kBinWarps * cut.p.frames) * sizeof(double); }
-  size_t time_totals() const { return size_t(exposure_images * cut.p.frames) * sizeof(double); }
+  size_t time_totals() const { return size_t(of.exposure_images * cut.p.frames) * sizeof(double); }
   size_t bin_rows() const { return size_t(rows() * plan.row()) * sizeof(double); }
-  size_t bin_totals() const { return size_t(curves() * curve_columns()) * sizeof(double); }
+  size_t bin_totals() const { return size_t(of.curves() * curve_columns()) * sizeof(double); }
   // Of one curve's totals.
   int64_t curve_columns() const { return plan.row() / stream_curves(); }
   size_t bytes() const { return preparation() + time_rows() + time_totals() + bin_rows() + bin_totals(); }
 };
 
 template <class T, class Out, class A>
-size_t merge_backward_workspace_bytes(const MergeParams<A>& p, bool curve_wanted, int64_t exposure_images,
-                                      int64_t curve_images, int64_t curve_channels) {
-  return MergeBackwardPass<T, Out, A>(p, curve_wanted, exposure_images, curve_images, curve_channels).bytes();
+size_t merge_backward_workspace_bytes(const MergeParams<A>& p, const MergeTablesOf<A>& of, bool curve_wanted) {
+  return MergeBackwardPass<T, Out, A>(p, of, curve_wanted).bytes();
 }
 
-// Arguments as of merge_forward_cuda; grad_output lies as the output does.
 template <class T, class Out, class A>
-void merge_backward_cuda(const MergeParams<A>& p, const A* log_exposures, int64_t exposure_images,
-                         int64_t curve_images, int64_t curve_channels, const Out* grad_output,
-                         const MergeCudaGradients<A>& gradients, void* workspace, cudaStream_t stream) {
+void merge_backward_cuda(const MergeParams<A>& p, const MergeTablesOf<A>& of, const Out* grad_output,
+                         const MergeOutputs<A>& gradients, void* workspace, cudaStream_t stream) {
   const bool curve_wanted = gradients.curve != nullptr;
-  const MergeBackwardPass<T, Out, A> pass(p, curve_wanted, exposure_images, curve_images, curve_channels);
-  MergeLaunch<A> merge =
-      prepare_merge<T>(p, log_exposures, exposure_images, curve_images, curve_channels, workspace, stream);
+  const MergeBackwardPass<T, Out, A> pass(p, of, curve_wanted);
+  MergeLaunch<A> merge = prepare_merge<T>(p, of, workspace, stream);
   merge.streams = pass.cut.streams, merge.stream_length = pass.cut.stream_length;
   merge.part_length = pass.cut.part_length, merge.parts = pass.cut.parts;
 
@@ -321,27 +306,27 @@ void merge_backward_cuda(const MergeParams<A>& p, const A* log_exposures, int64_
 
   const int64_t per_image = pass.rows() / merge.p.batch;  // rows of blocks
   if (gradients.log_exposures != nullptr) {
-    const int64_t warps = per_image * kBinWarps, images = exposure_images > 1 ? 1 : merge.p.batch;
-    const BinRows of{unsigned(warps * images), unsigned(warps * images), 0, 1, warps, 0, 0};
-    add_rows(time_rows, p.frames, of, exposure_images, p.frames, time_totals, stream);
-    const int64_t count = exposure_images * p.frames;
+    const int64_t warps = per_image * kBinWarps, images = of.exposure_images > 1 ? 1 : merge.p.batch;
+    const BinRows rows_of{unsigned(warps * images), unsigned(warps * images), 0, 1, warps, 0, 0};
+    add_rows(time_rows, p.frames, rows_of, of.exposure_images, p.frames, time_totals, stream);
+    const int64_t count = of.exposure_images * p.frames;
     launch(merge_time_gradient_kernel<A>, grid_over(count), stream, merge.p, time_totals, count,
            gradients.log_exposures);
   }
   if (curve_wanted) {
     // The rows of a curve: of its image or all, and of them those of its plane or all; the curves of an interleaved
     // stream lie side by side in its rows.
-    const bool planes = !p.interleaved && curve_channels > 1;
-    const int64_t run = planes ? merge.parts : per_image, images = curve_images > 1 ? 1 : merge.p.batch;
-    const BinRows of{unsigned(run * images),
+    const bool planes = !p.interleaved && of.curve_channels > 1;
+    const int64_t run = planes ? merge.parts : per_image, images = of.curve_images > 1 ? 1 : merge.p.batch;
+    const BinRows rows_of{unsigned(run * images),
                      unsigned(run),
                      per_image,
-                     curve_channels,
+                          of.curve_channels,
                      per_image,
                      planes ? merge.parts : 0,
                      planes ? 0 : pass.curve_columns()};
-    add_rows(bin_rows, pass.plan.row(), of, pass.curves(), pass.curve_columns(), bin_totals, stream);
-    const int64_t count = pass.curves() * p.curve_length;
+    add_rows(bin_rows, pass.plan.row(), rows_of, of.curves(), pass.curve_columns(), bin_totals, stream);
+    const int64_t count = of.curves() * p.curve_length;
     if (sizeof(T) == 1) {
       launch(merge_code_gradient_kernel<A>, grid_over(count), stream, merge.p, bin_totals, count, gradients.curve);
     } else {

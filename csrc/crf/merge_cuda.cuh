@@ -11,6 +11,7 @@
 // An exposure that is not finite, or a weight that is negative or not finite, which the CPU refuses, makes the image
 // NaN: the host would have to wait for the device to see it.
 #pragma once
+#include "crf/kernels_cuda.h"
 #include "crf/merge_math.h"
 #include "crf/runs_cuda.cuh"
 
@@ -458,19 +459,18 @@ struct MergeWorkspaceSizes {
 };
 
 template <class T, class A>
-MergeWorkspaceSizes merge_workspace_sizes(const MergeParams<A>& p, int64_t exposure_images, int64_t curves) {
-  const int64_t times = exposure_images * p.frames;
+MergeWorkspaceSizes merge_workspace_sizes(const MergeParams<A>& p, const MergeTablesOf<A>& of) {
+  const int64_t times = of.exposure_images * p.frames;
   const auto rounded = [](int64_t bytes) { return size_t(round_up<int64_t>(bytes, 16)); };
-  return {rounded(exposure_images * 4), rounded(times * 4), rounded(times * int64_t(sizeof(A))),
-          sizeof(T) == 1 ? rounded(curves * kCodes8 * 2 * int64_t(sizeof(A))) : 0};
+  return {rounded(of.exposure_images * 4), rounded(times * 4), rounded(times * int64_t(sizeof(A))),
+          sizeof(T) == 1 ? rounded(of.curves() * kCodes8 * 2 * int64_t(sizeof(A))) : 0};
 }
 
-// Prepares p, whose order and log_exposures are open. log_exposures [exposure_images, P] is the caller's; so is p.curve
-// [curve_images, curve_channels, L].
+// Prepares the tables of a merge.
 template <class T, class A>
-MergeLaunch<A> prepare_merge(const MergeParams<A>& params, const A* log_exposures, int64_t exposure_images,
-                             int64_t curve_images, int64_t curve_channels, void* workspace, cudaStream_t stream) {
-  const auto sizes = merge_workspace_sizes<T>(params, exposure_images, curve_images * curve_channels);
+MergeLaunch<A> prepare_merge(const MergeParams<A>& params, const MergeTablesOf<A>& of, void* workspace,
+                             cudaStream_t stream) {
+  const auto sizes = merge_workspace_sizes<T>(params, of);
   char* memory = static_cast<char*>(workspace);
   auto* flags = reinterpret_cast<int32_t*>(memory);
   auto* order = reinterpret_cast<int32_t*>(memory += sizes.flags);
@@ -481,17 +481,17 @@ MergeLaunch<A> prepare_merge(const MergeParams<A>& params, const A* log_exposure
   p = params;
   p.order = order;
   p.log_exposures = times;
-  p.exposure_stride_n = exposure_images > 1 ? p.frames : 0;
-  p.curve_stride_n = curve_images > 1 ? curve_channels * p.curve_length : 0;
-  p.curve_stride_c = curve_channels > 1 ? p.curve_length : 0;
+  p.exposure_stride_n = of.exposure_images > 1 ? p.frames : 0;
+  p.curve_stride_n = of.curve_images > 1 ? of.curve_channels * p.curve_length : 0;
+  p.curve_stride_c = of.curve_channels > 1 ? p.curve_length : 0;
   merge.flags = flags;
-  launch(sort_frames_kernel<A>, {dim3(unsigned(exposure_images)), dim3(kRunThreads), sizeof(int)}, stream,
-         log_exposures, p.frames, p.weight, p.weight_length, order, times, flags);
+  launch(sort_frames_kernel<A>, {dim3(unsigned(of.exposure_images)), dim3(kRunThreads), sizeof(int)}, stream,
+         of.log_exposures, p.frames, p.weight, p.weight_length, order, times, flags);
   if (sizeof(T) == 1) {
     merge.code_table = codes;
-    merge.code_stride_n = curve_images > 1 ? curve_channels : 0;
-    merge.code_stride_c = curve_channels > 1 ? 1 : 0;
-    launch(code_table_kernel<A>, {dim3(unsigned(curve_images * curve_channels)), dim3(kCodes8)}, stream, p.curve,
+    merge.code_stride_n = of.curve_images > 1 ? of.curve_channels : 0;
+    merge.code_stride_c = of.curve_channels > 1 ? 1 : 0;
+    launch(code_table_kernel<A>, {dim3(unsigned(of.curves())), dim3(kCodes8)}, stream, p.curve,
            p.curve_length, p.weight, p.weight_length, codes);
   }
   return merge;

@@ -43,18 +43,16 @@ __global__ __launch_bounds__(kRunThreads, kMergeBlocks) void merge_forward_kerne
   }
 }
 
-template <class T, class A>
-size_t merge_forward_workspace_bytes(const MergeParams<A>& p, int64_t exposure_images, int64_t curves) {
-  return merge_workspace_sizes<T>(p, exposure_images, curves).total();
+template <class T, class Out, class A>
+size_t merge_forward_workspace_bytes(const MergeParams<A>& p, const MergeTablesOf<A>& of) {
+  return merge_workspace_sizes<T>(p, of).total();
 }
 
-// log_exposures [exposure_images, P]; the curve of p is as given, [curve_images, curve_channels, L].
 template <class T, class Out, class A>
-void merge_forward_cuda(const MergeParams<A>& p, const A* log_exposures, int64_t exposure_images, int64_t curve_images,
-                        int64_t curve_channels, Out* output, void* workspace, cudaStream_t stream) {
+void merge_forward_cuda(const MergeParams<A>& p, const MergeTablesOf<A>& of, Out* output, void* workspace,
+                        cudaStream_t stream) {
   constexpr int64_t kStep = int64_t(kRunThreads) * kMergeVector<T, Out>;
-  MergeLaunch<A> merge =
-      prepare_merge<T>(p, log_exposures, exposure_images, curve_images, curve_channels, workspace, stream);
+  MergeLaunch<A> merge = prepare_merge<T>(p, of, workspace, stream);
   cut_streams(merge, int64_t(kMergeBlocks) * device_multiprocessors(), kStep, kStep);
   const Grid grid{dim3(unsigned(merge.streams * merge.parts)), dim3(kRunThreads), size_t(kMergeTableBytes)};
   launch(merge_forward_kernel<T, Out, A>, grid, stream, merge, output);

@@ -57,7 +57,15 @@ struct MergeParams {
   int64_t table_stride_n, table_stride_p, table_stride_c;
 };
 
-// What the backward pass writes; null where not wanted.
+// The gradients as the caller gets them; null where not wanted.
+template <class A>
+struct MergeOutputs {
+  void* stack;       // [N, P, frame], dense
+  A* log_exposures;  // [N|1, P]
+  A* curve;          // [N|1, C|1, L]
+};
+
+// What the CPU's backward pass writes; null where not wanted.
 struct MergeGradients {
   void* stack;            // [N, P, frame], dense
   double* log_exposures;  // [tasks, P], partial sums

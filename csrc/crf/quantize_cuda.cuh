@@ -1,7 +1,7 @@
 // quantize_ste on CUDA (OP-13), forward and backward: element by element in memory order, 16 bytes an access.
 #pragma once
 #include "common/lut.h"
-#include "crf/quantize_params.h"
+#include "crf/kernels_cuda.h"
 #include "crf/runs_cuda.cuh"
 
 namespace hdrops {
