@@ -681,7 +681,7 @@ def test_module_passes_its_options_on():
         ({"weight": [1.0]}, ValueError, r"weight must be one of hat, debevec, uniform or a tensor.*got \[1.0\]"),
         ({"fallback": "yes"}, TypeError, "merge_exposures: fallback must be a bool, got 'yes'"),
         ({"backend": "opencl"}, ValueError, "backend must be one of"),
-        ({"backend": "cuda"}, NotImplementedError, "has no cuda backend"),
+        ({"backend": "cuda"}, NotImplementedError, "backend cuda cannot run this call: the tensors are on cpu"),
         ({"curve": torch.rand(9, device="meta")}, ValueError, "curve must be on the stack's device cpu, got meta"),
     ],
 )

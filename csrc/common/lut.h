@@ -6,11 +6,39 @@
 // Nearest (OP-8): x lies at level i = round(x * (levels - 1)), y = c[i], and the slope is the difference from the level
 // below, per unit of x times `gradient_scale`.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "common/hd.h"
 
 namespace hdrops {
+
+// Where a pixel lies on its curve; 0 <= index < levels. A NaN lies at level 0.
+template <class T>
+struct CurvePosition {
+  int32_t index;
+  T fraction;
+};
+
+HDROPS_HD float clamp_to_unit(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
+HDROPS_HD double clamp_to_unit(double x) { return fmin(fmax(x, 0.0), 1.0); }
+// a * b - c; in float the product is not rounded, so that the fraction of a large position keeps all its bits.
+HDROPS_HD float multiply_subtract(float a, float b, float c) { return fmaf(a, b, -c); }
+HDROPS_HD double multiply_subtract(double a, double b, double c) { return a * b - c; }
+HDROPS_HD float round_to_even(float x) { return rintf(x); }
+HDROPS_HD double round_to_even(double x) { return rint(x); }
+
+// Linear: the segment and how far in it. Nearest: the level.
+template <bool Linear, class T>
+HDROPS_HD CurvePosition<T> locate_on_curve(T x, T last) {
+  T clamped = clamp_to_unit(x), position = clamped * last;
+  if constexpr (Linear) {
+    int32_t index = int32_t(position);
+    return {index, multiply_subtract(clamped, last, T(index))};
+  } else {
+    return {int32_t(round_to_even(position)), T(0)};
+  }
+}
 
 // Rise of the curve from level i to the next.
 template <class T>

@@ -2,6 +2,7 @@
 #include "common/dispatch.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "crf/histogram_math.h"
 #include "crf/histogram_params.h"
 
 #define HDROPS_ISA_SOURCE "crf/histogram_kernels_cpu.h"
@@ -89,8 +90,7 @@ void value_histogram_cpu(const ValueHistogramParams& p) {
     const double* of_group = sums.get() + i / table_size * table_size * parts.per_group + i % table_size;
     double total = 0;
     for (int64_t part = 0; part < parts.per_group; ++part) total += of_group[part * table_size];
-    int64_t bin = i % p.bins;
-    baseline::narrow(acc_t<T>(total / (double(p.bins - 1) * double(bin > 0 ? bin : 1))), output + i);
+    baseline::narrow(acc_t<T>(value_bin(total, i % p.bins, p.bins)), output + i);
   }
 }
 
@@ -101,8 +101,7 @@ void value_histogram_backward_cpu(const ValueHistogramParams& p) {
   Scratch<A> slopes(entries);
   const T* grad = static_cast<const T*>(p.grad_output);
   for (int64_t i = 0; i < entries; ++i) {
-    int64_t bin = i % p.bins;
-    slopes.get()[i] = baseline::widen(grad[i]) / A(2 * (bin > 0 ? bin : 1));
+    slopes.get()[i] = value_slope(baseline::widen(grad[i]), i % p.bins);
   }
   Parts parts = cut(p.layout, kPixelsPerPart, INT64_MAX);
   parallel_for(p.layout.groups * parts.per_group, parts.grain(), [&](int64_t begin, int64_t end) {

@@ -71,21 +71,12 @@ void tent_pixels(const TentParams& p, const A* scale, const A* centre, const int
   }
 }
 
-// dL/dx of one value, whose maps lie `stride` apart from `grad` on: in each set of tents the value lies on the flanks
-// of two neighbours, falling from the left one and rising to the right one; on a peak the slope is 0.
+// dL/dx of one value, whose maps lie `stride` apart from `grad` on.
 template <class T, class A>
 HDROPS_HD A tent_slope(A x, const T* grad, int64_t stride, const int64_t* bins, int64_t bin_count) {
   A sum = 0;
   for (int64_t j = 0; j < bin_count; ++j) {
-    A scale = A(bins[j]), position = scale * x;
-    if (position > A(-1) && position < scale + A(1)) {
-      A floor = sizeof(A) == 4 ? A(__builtin_floorf(float(position))) : A(__builtin_floor(double(position)));
-      int64_t left = int64_t(floor);
-      if (position != floor) {
-        if (left >= 0) sum -= scale * widen(grad[left * stride]);
-        if (left < bins[j]) sum += scale * widen(grad[(left + 1) * stride]);
-      }
-    }
+    sum += tent_set_slope(x, bins[j], [=](int64_t i) { return widen(grad[i * stride]); });
     grad += (bins[j] + 1) * stride;
   }
   return sum;

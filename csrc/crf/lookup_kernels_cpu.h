@@ -5,13 +5,6 @@
 namespace hdrops {
 namespace HDROPS_ISA {
 
-template <class In>
-constexpr bool kIsCode = false;
-template <>
-constexpr bool kIsCode<uint8_t> = true;
-template <>
-constexpr bool kIsCode<uint16_t> = true;
-
 // Where pixels lie on their curve. A NaN lies at level 0.
 template <int N, class A>
 struct Position {

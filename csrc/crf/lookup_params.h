@@ -17,6 +17,14 @@ struct LookupParams {
   void* grad_curve;         // [curves, levels] in the accumulation type, or null where it is not wanted
 };
 
+// Codes of 8 and 16 bits: integer pixels.
+template <class In>
+constexpr bool kIsCode = false;
+template <>
+inline constexpr bool kIsCode<uint8_t> = true;
+template <>
+inline constexpr bool kIsCode<uint16_t> = true;
+
 // The types a kernel is compiled for, as an argument.
 template <bool Linear, class In, class Out>
 struct LookupTypes {};

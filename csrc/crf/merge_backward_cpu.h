@@ -63,13 +63,10 @@ void finish_codes(MergeBackward<uint8_t, Out, A>& b) {
     if (b.curve == nullptr) continue;
     const A* curve = b.s.curve + channel * p.curve_stride_c;
     double* into = b.curve + channel * length;
-    double position = length == kCodes8 ? double(z) : double(z) / (kCodes8 - 1) * double(length - 1);
-    int64_t lower = int64_t(position) < length - 1 ? int64_t(position) : length - 1;
-    int64_t upper = lower + 1 < length ? lower + 1 : lower;
-    double fraction = position - double(lower);
-    double q = sum / ((1 - fraction) * curve[lower] + fraction * curve[upper]);
-    into[lower] += (1 - fraction) * q;
-    into[upper] += fraction * q;
+    const CodePlace place = place_of_code(int(z), length);
+    const double q = sum / between(curve[place.lower], curve[place.upper], place.fraction);
+    into[place.lower] += (1 - place.fraction) * q;
+    into[place.upper] += place.fraction * q;
   }
 }
 

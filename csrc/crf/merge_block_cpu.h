@@ -35,14 +35,6 @@ MergeStream<T, A> merge_stream(const MergeParams<A>& p, int64_t index) {
   return s;
 }
 
-// The largest reading.
-template <class T>
-constexpr double kMergeMax = 1;
-template <>
-constexpr double kMergeMax<uint8_t> = 255;
-template <>
-constexpr double kMergeMax<uint16_t> = 65535;
-
 template <int N, class A, class T>
 HDROPS_HD vec<A, N> load_reading(const T* source) {
   if constexpr (kMergeMax<T> > 1) {
@@ -135,14 +127,6 @@ HDROPS_HD FrameTerms<N, A> frame_terms(const MergeParams<A>& p, const A* curve, 
   return terms;
 }
 
-// Whether reading a comes after b among frames of one exposure: NaN last, then by share.
-template <class A>
-HDROPS_HD bool comes_after(A a, A b, A share_a, A share_b) {
-  if (b != b) return a != a && share_a > share_b;
-  if (a != a) return true;
-  return a > b || (a == b && share_a > share_b);
-}
-
 // Copies the frames [first, last) of one exposure and sorts each element's readings, so that the sum over the frames
 // does not depend on the order they were given in.
 template <class T, class A>
@@ -174,17 +158,6 @@ void order_tied(MergeWorkspace<T, A>& ws, int64_t first, int64_t last, int64_t b
       }
     }
   }
-}
-
-// The share a mask's value leaves a pixel: a boolean one (bytes of 0 and 1) excludes, another weighs, none below 0 and
-// none NaN.
-template <class A>
-HDROPS_HD A share_of_value(uint8_t excluded) {
-  return excluded ? A(0) : A(1);
-}
-template <class A>
-HDROPS_HD A share_of_value(A weight) {
-  return weight > 0 ? weight : A(0);
 }
 
 // Each pixel's share as often as it has channels; kRepeat where the compiler shall know how often.

@@ -7,6 +7,7 @@
 
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "crf/merge_math.h"
 #include "crf/merge_plan.h"
 #include "crf/merge_workspace.h"
 

@@ -13,6 +13,14 @@ constexpr double kSmallestResponse = 1e-7;
 constexpr double kNoWeight = 1e-4;
 constexpr double kMergeEpsilon = 1e-9;
 
+// The largest reading.
+template <class T>
+constexpr double kMergeMax = 1;
+template <>
+inline constexpr double kMergeMax<uint8_t> = 255;
+template <>
+inline constexpr double kMergeMax<uint16_t> = 65535;
+
 enum class MergeMask : int { none, boolean, real };
 
 // A is the type sums are kept in, float or double. A stride of an optional dimension is 0 where it has size 1.
@@ -51,7 +59,15 @@ struct MergeParams {
   int64_t table_stride_n, table_stride_c;
 };
 
-// What the backward pass writes; null where not wanted.
+// The gradients as the caller gets them; null where not wanted.
+template <class A>
+struct MergeOutputs {
+  void* stack;       // [N, P, frame], dense
+  A* log_exposures;  // [N|1, P]
+  A* curve;          // [N|1, C|1, L]
+};
+
+// What the CPU's backward pass writes; null where not wanted.
 struct MergeGradients {
   void* stack;            // [N, P, frame], dense
   double* log_exposures;  // [tasks, P], partial sums

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/hd.h"
+#include "crf/merge_math.h"
 
 namespace hdrops {
 namespace {
@@ -12,11 +13,8 @@ namespace {
 // A table over the codes 0 .. 255: its own entry where it has one for each, else interpolated (OP-6).
 template <class A>
 double at_code(const A* table, int64_t length, int code) {
-  if (length == kCodes8) return table[code];
-  double position = double(code) / (kCodes8 - 1) * double(length - 1);
-  int64_t lower = std::min(int64_t(position), length - 1), upper = std::min(lower + 1, length - 1);
-  double fraction = position - double(lower);
-  return (1 - fraction) * table[lower] + fraction * table[upper];
+  const CodePlace place = place_of_code(code, length);
+  return between(table[place.lower], table[place.upper], place.fraction);
 }
 
 // The terms by which the sums over the frames hold the estimates of the shortest and the longest frame, the one that
@@ -69,7 +67,7 @@ template <class A>
 void MergePlan<A>::make_positive(MergeParams<A>& params, const A* curve, int64_t images, int64_t channels) {
   int64_t count = images * channels * params.curve_length;
   curve_ = std::make_unique<Scratch<A>>(count);
-  for (int64_t i = 0; i < count; ++i) curve_->get()[i] = curve[i] > 0 ? curve[i] : A(kSmallestResponse);
+  for (int64_t i = 0; i < count; ++i) curve_->get()[i] = positive_response(curve[i]);
   params.curve = curve_->get();
   params.curve_stride_n = images > 1 ? channels * params.curve_length : 0;
   params.curve_stride_c = channels > 1 ? params.curve_length : 0;

@@ -17,7 +17,11 @@ from hdrops import _backends
 from hdrops.ops import _common
 from hdrops.reference import crf as reference
 
-_CAN_RUN = {"cpu": _backends.can_run_cpu, "reference": _backends.can_run_reference}
+_CAN_RUN = {
+    "cpu": _backends.can_run_cpu,
+    "cuda": _backends.can_run_cuda,
+    "reference": _backends.can_run_reference,
+}
 _MODES = ("linear", "nearest")
 _MAX_LEVELS = 2**20
 _MAX_BINS = 2**16
@@ -47,7 +51,7 @@ def crf_lookup(
         mode: "linear" or "nearest".
         gradient_scale: slope of "nearest" per finite difference of the curve; None is L - 1, the unit of x. 1 is what
             Kim et al. print (the slope per code).
-        backend: "cpu", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "cuda", "reference", or None for the best that runs on the input's device.
 
     Returns:
         The input's shape and memory format (channels_last stays so); its dtype, or the curve's for codes.
@@ -59,7 +63,8 @@ def crf_lookup(
     * curve: the weights of its entries in y, summed over the pixels in float64.
 
     A NaN pixel gives NaN, a zero gradient, and nothing to the curve's gradient; infinite pixels count as the ends.
-    Positions are float32 (float64 for float64 input). On the CPU all is bitwise equal for any number of threads.
+    Positions are float32 (float64 for float64 input). All is bitwise equal for any number of CPU threads,
+    and from call to call on a GPU.
     Second derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
@@ -108,7 +113,7 @@ def quantize_ste(input: Tensor, *, levels: int = 256, gradient: str = "inside", 
         levels: number of values, 2 to 65536; 256 makes the values of 8-bit images.
         gradient: where dy/dx is 1: "inside" [0, 1], ends included, or "everywhere". Elsewhere, and at a NaN or
             infinite pixel, it is 0.
-        backend: "cpu", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "cuda", "reference", or None for the best that runs on the input's device.
 
     Returns:
         The input's shape, dtype and memory format. NaN stays NaN.
@@ -148,7 +153,7 @@ def tent_histogram(input: Tensor, *, bins: Sequence[int] = (4, 8, 16), backend: 
     Args:
         input: [N, C, H, W], values about [0, 1]; float32, float64, bfloat16 or float16.
         bins: numbers of intervals between the levels, each 1 to 65536.
-        backend: "cpu", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "cuda", "reference", or None for the best that runs on the input's device.
 
     Returns:
         [N, C * sum(m + 1 for m in bins), H, W], bin-major: all channels of the first level, then of the second.
@@ -193,10 +198,11 @@ def value_histogram(input: Tensor, *, bins: int = 256, backend: str | None = Non
     Args:
         input: [N, C, H, W], values in [-1, 1]; float32, float64, bfloat16 or float16.
         bins: 2 to 65536.
-        backend: "cpu", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "cuda", "reference", or None for the best that runs on the input's device.
 
     Returns:
-        [N, C, bins] in the input's dtype; the sums are float64. Bitwise equal for any number of threads.
+        [N, C, bins] in the input's dtype; the sums are float64. Bitwise equal for any number of threads, and from call to
+            call on a GPU.
 
     The gradient of bin :math:`\lfloor v \rfloor` is :math:`1 / (2\,max(l, 1))` inside [-1, 1], ends included, and 0
     outside. A NaN pixel counts nowhere and has no gradient. Second derivatives, forward-mode AD and

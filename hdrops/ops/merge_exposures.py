@@ -11,6 +11,7 @@ from hdrops.reference import merge_exposures as _reference
 
 _CAN_RUN: dict[str, _backends.CanRun] = {
     "cpu": _backends.can_run_cpu,
+    "cuda": _backends.can_run_cuda,
     "reference": _backends.can_run_reference,
 }
 
@@ -46,7 +47,7 @@ def merge_exposures(
         fallback: where the weights sum to 1e-4 or less (clipped in every frame), take the estimate of one frame: the
             shortest if the middle frame by exposure reads above one half, else the longest. Masked frames do not count;
             of an even number the shorter middle one decides. False: the formula as it stands, 1 where no weight is.
-        backend: ``"cpu"``, ``"reference"`` or None for the best that can run.
+        backend: ``"cpu"``, ``"cuda"``, ``"reference"`` or None for the best that can run.
 
     Returns:
         Radiance [N, C, H, W], channels last in memory if the frames are interleaved. Its dtype is the stack's; float32
@@ -54,12 +55,15 @@ def merge_exposures(
         saturating where the dtype ends. It does not depend on the order of the frames, not in one bit: they are taken
         by exposure, and those of equal exposure by reading.
 
-    A reading that is NaN counts as masked; one that is NaN in every frame gives NaN.
+    A reading that is NaN counts as masked; one that is NaN in every frame gives NaN. On a GPU, where a look at the
+    values would wait for the device, exposures that are not finite make their image NaN, and a table of weights that are
+    negative or not finite makes every image NaN; the CPU refuses them.
 
     **Gradients** reach ``stack`` (the slope of ``curve``; zero where clamped), ``log_exposures`` and ``curve`` (zero
     where an entry was replaced). **Weights and mask are constants**: no gradient flows through w(z), as in the paper,
     so the gradient is not the derivative of the whole formula unless ``weight="uniform"``. Where the fallback decides,
-    gradients go to the frame that was taken. They are the same for any number of threads.
+    gradients go to the frame that was taken. They are the same for any number of threads, and from call to call on a
+    GPU.
 
     Under autocast a half precision stack is merged in float32, as ``exp`` and ``log`` are.
 

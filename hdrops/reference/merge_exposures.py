@@ -29,7 +29,12 @@ def weight_table(weight: str | Tensor, device: torch.device, dtype: torch.dtype)
     """The weight function as a table [L] over [0, 1], interpolated linearly; no gradient reaches it."""
     if isinstance(weight, Tensor):
         return weight.detach().to(dtype)
-    return torch.tensor(WEIGHT_TABLES[weight], dtype=dtype, device=device)
+    # Filled on the device: a copy from the host would wait for the device, and no CUDA graph could hold it.
+    table = torch.zeros(len(WEIGHT_TABLES[weight]), dtype=dtype, device=device)
+    for i, value in enumerate(WEIGHT_TABLES[weight]):
+        if value != 0:
+            table[i : i + 1].fill_(value)
+    return table
 
 
 def is_interleaved(stack: Tensor) -> bool:

@@ -1,0 +1,119 @@
+// How a block of threads walks its part of an image's pixels (lookup_layout.h): run by run, and in a run 16 bytes of the
+// widest tensor per thread and access, between a head and a tail of single pixels. Several vectors are loaded before the
+// first is used, so that a multiprocessor has some 32 KB on their way from memory.
+//
+// What is done with the pixels is an Op, one object per thread:
+//   Item<V>                     what it loads of V pixels
+//   int start(run)              a run begins; the pixels before the first whole vector
+//   Item<V> load<V>(i)          pixels i .. i + V - 1 of the run
+//   void finish<V>(i, item, valid)   works on them. Where not valid, there are no such pixels and item is all zero: the
+//                               threads of a block go through the same calls, so that an Op may use warp collectives
+//   void pause()                after some calls of finish, all threads of the block together
+#pragma once
+#include "common/device.cuh"
+#include "crf/lookup_layout.h"
+
+namespace hdrops {
+
+constexpr int kRunThreads = 256;
+constexpr int64_t kLongestRun = int64_t(1) << 30;  // pixels of a part: numbered by int
+
+// Elements per access of tensors of these types.
+template <class T, class U = T>
+constexpr int kRunVector = 16 / int(sizeof(T) > sizeof(U) ? sizeof(T) : sizeof(U));
+
+// Vectors of one tensor to load before the first is used.
+template <class T, class U = T>
+constexpr int kRunInFlight = kRunVector<T, U> > 4 ? 2 : 4;
+
+template <class T, int V>
+__device__ __forceinline__ bool is_aligned(const T* address) {
+  return reinterpret_cast<uintptr_t>(address) % sizeof(Vector<T, V>) == 0;
+}
+
+// V elements, in one access if `aligned`.
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load_elements(const T* from, bool aligned) {
+  constexpr int kBytes = int(sizeof(Vector<T, V>));
+  if constexpr (V > 1 && (kBytes == 4 || kBytes == 8 || kBytes == 16)) {
+    if (aligned) return load_global(reinterpret_cast<const Vector<T, V>*>(from));
+  }
+  Vector<T, V> loaded;
+#pragma unroll
+  for (int k = 0; k < V; ++k) loaded.value[k] = from[k];
+  return loaded;
+}
+
+// The same for stores; V elements of 16 bytes, or one.
+template <int V, class T>
+__device__ __forceinline__ void store_elements(T* to, const Vector<T, V>& vector) {
+  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+// The first `count` of V elements, wherever they lie.
+template <class T, int V>
+__device__ __forceinline__ void store_some(T* to, const Vector<T, V>& vector, int count) {
+  if (count == V && is_aligned<T, V>(to)) return store_elements<V>(to, vector);
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    if (k < count) to[k] = vector.value[k];
+  }
+}
+
+// How many of the elements at `address` come before the next cache line, at most `count`.
+template <class T>
+__device__ __forceinline__ int until_line(const T* address, int64_t count) {
+  constexpr int kLine = 128 / int(sizeof(T));
+  int before = int(-(reinterpret_cast<uintptr_t>(address) / sizeof(T)) & (kLine - 1));
+  return before < count ? before : int(count);
+}
+
+// Pixels [begin, end) of a run, V at a time, kInFlight vectors before the first is used. V divides their number.
+template <int V, int kInFlight, class Op>
+__device__ __forceinline__ void walk(Op& op, int begin, int end) {
+  using Item = typename Op::template Item<V>;
+  const int step = int(blockDim.x) * V;
+  for (int64_t first = begin; first < end; first += kInFlight * step) {
+    Item item[kInFlight];
+    const int at = int(first) + int(threadIdx.x) * V;
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      item[k] = Item{};
+      if (at + k * step < end) item[k] = op.template load<V>(at + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) op.template finish<V>(at + k * step, item[k], at + k * step < end);
+    op.pause();
+  }
+}
+
+// The block's part of its group.
+template <int V, int kInFlight, class Op>
+__device__ __forceinline__ void walk_part(Op& op, const CurveLayout& layout, const Parts& parts, int64_t group,
+                                          int64_t part) {
+  const int64_t end = parts.begin(part + 1);
+  for (int64_t pixel = parts.begin(part); pixel < end;) {
+    const Run run = run_at(layout, group, pixel, end);
+    const int count = int(run.count), head = op.start(run), body = head + (count - head) / V * V;
+    if (head > 0) walk<1, 1>(op, 0, head);
+    walk<V, kInFlight>(op, head, body);
+    if (body < count) walk<1, 1>(op, body, count);
+    pixel += run.count;
+  }
+}
+
+// A grid for a loop over `count` elements in steps of the grid.
+inline Grid grid_over(int64_t count) {
+  const int64_t blocks = ceil_div<int64_t>(count, kRunThreads), most = 32 * int64_t(device_multiprocessors());
+  return {dim3(unsigned(blocks < most ? blocks : most)), dim3(kRunThreads)};
+}
+
+// Parts for a grid of one wave of `blocks` blocks, each of at least `least` pixels.
+inline Parts parts_for(const CurveLayout& layout, int64_t blocks, int64_t least) {
+  Parts parts = cut(layout, least, blocks);
+  const int64_t fewest = ceil_div(layout.length(), kLongestRun);
+  if (parts.per_group < fewest) parts.per_group = fewest;
+  return parts;
+}
+
+}  // namespace hdrops
