@@ -100,12 +100,17 @@ struct Backward {
   const T* input() const { return pack_input ? packed_input : static_cast<const T*>(p.input); }
   const T* grad_output() const { return pack_grad_output ? packed_grad_output : static_cast<const T*>(p.grad_output); }
 
-  // Offset groups that a chunk of channels can meet.
+  // Offset groups that the chunks of channels meet, at most.
   int offset_groups_per_chunk() const {
-    int64_t width = channels.total / p.offset_groups, chunk = TileShape<T>::kColumns;
-    if (group_channels() < chunk) chunk = group_channels();
-    int64_t most = ceil_div<int64_t>(chunk, width) + (width % chunk == 0 || chunk % width == 0 ? 0 : 1);
-    return int(most < p.offset_groups ? most : p.offset_groups);
+    int64_t width = channels.total / p.offset_groups, most = 1;
+    for (int64_t begin = 0; begin < channels.total; begin += group_channels()) {
+      for (int64_t first = begin, end = begin + group_channels(); first < end; first += TileShape<T>::kColumns) {
+        int64_t last = (first + TileShape<T>::kColumns < end ? first + TileShape<T>::kColumns : end) - 1;
+        int64_t count = last / width - first / width + 1;
+        if (count > most) most = count;
+      }
+    }
+    return int(most);
   }
 
   WeightSide<T> describe_weight_side() const {
@@ -113,10 +118,10 @@ struct Backward {
     WeightSide<T> side{};
     side.samples = SampleSource<T>::of(p);
     side.batch = p.batch, side.image_pixels = p.height * p.width;
-    side.channels = channels.total, side.outputs = outputs.total;
-    side.group_channels = group_channels(), side.group_outputs = group_outputs();
-    side.offset_group_channels = channels.total / p.offset_groups;
-    side.groups = p.groups;
+    side.channels = int(channels.total), side.outputs = int(outputs.total);
+    side.group_channels = int(group_channels()), side.group_outputs = int(group_outputs());
+    side.offset_group_channels = int(channels.total / p.offset_groups);
+    side.groups = int(p.groups);
     side.chunks_per_group = int(ceil_div<int64_t>(side.group_channels, Shape::kColumns));
     side.output_tiles = int(ceil_div<int64_t>(side.group_outputs, Shape::kRows));
     side.offset_groups_per_chunk = offset_groups_per_chunk();
@@ -130,9 +135,9 @@ struct Backward {
     InputSide<T> side{};
     side.samples = SampleSource<T>::of(p);
     side.image_pixels = p.height * p.width;
-    side.channels = channels.total, side.outputs = outputs.total;
-    side.group_channels = group_channels(), side.group_outputs = group_outputs();
-    side.offset_group_channels = channels.total / p.offset_groups;
+    side.channels = int(channels.total), side.outputs = int(outputs.total);
+    side.group_channels = int(group_channels()), side.group_outputs = int(group_outputs());
+    side.offset_group_channels = int(channels.total / p.offset_groups);
     side.chunks_per_group = int(ceil_div<int64_t>(side.group_channels, Shape::kColumns));
     side.chunks = side.chunks_per_group * int(p.groups);
     side.tiles_per_image = int(ceil_div<int64_t>(p.out_pixels(), Shape::kRows));

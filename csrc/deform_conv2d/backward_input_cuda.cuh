@@ -27,9 +27,9 @@ struct InputSide {
   using Real = device_acc_t<T>;
   SampleSource<T> samples;
   int64_t image_pixels;
-  int64_t channels, outputs;               // padded, of all groups: strides of input and grad_output
-  int64_t group_channels, group_outputs;   // padded, of one weight group
-  int64_t offset_group_channels;           // padded, of one offset group
+  int channels, outputs;                   // padded, of all groups: strides of input and grad_output
+  int group_channels, group_outputs;       // padded, of one weight group
+  int offset_group_channels;               // padded, of one offset group
   int chunks_per_group, chunks;            // of kColumns channels
   int tiles_per_image, tap_parts;
   int offset_groups_per_chunk;             // at most
@@ -43,17 +43,17 @@ struct InputSide {
 
 // A chunk of channels, all of one weight group.
 struct Chunk {
-  int64_t group, first, width;  // first: among the group's channels
+  int group, first, width;  // first: among the group's channels
 
   template <class T>
   __device__ __forceinline__ static Chunk at(const InputSide<T>& p, int index) {
     constexpr int kColumns = TileShape<T>::kColumns;
-    int64_t group = index / p.chunks_per_group, first = index % p.chunks_per_group * kColumns;
-    return {group, first, min(int64_t(kColumns), p.group_channels - first)};
+    int group = index / p.chunks_per_group, first = index % p.chunks_per_group * kColumns;
+    return {group, first, min(kColumns, p.group_channels - first)};
   }
   // Its first channel among all of them.
   template <class T>
-  __device__ __forceinline__ int64_t begin(const InputSide<T>& p) const {
+  __device__ __forceinline__ int begin(const InputSide<T>& p) const {
     return group * p.group_channels + first;
   }
 };
@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_operands(const InputSide<T>& p, const Input
                                               const PixelTile& tile, const Step& step, bool keep_grad_output) {
   using Shape = TileShape<T>;
   Chunk chunk = Chunk::at(p, step.chunk);
-  int64_t output = int64_t(step.depth) * Shape::kDepth, outputs = p.group_outputs - output;
+  int output = step.depth * Shape::kDepth, outputs = p.group_outputs - output;
   if (!keep_grad_output) {
     const T* from = p.grad_output + (tile.image * p.samples.out_pixels + tile.first) * p.outputs +
                     chunk.group * p.group_outputs + output;
@@ -108,10 +108,10 @@ __device__ __forceinline__ void load_operands(const InputSide<T>& p, const Input
                                                                       outputs);
   }
   const T* from = p.weight +
-                  ((chunk.group * p.samples.taps + step.tap) * p.group_outputs + output) * p.group_channels +
+                  ((int64_t(chunk.group) * p.samples.taps + step.tap) * p.group_outputs + output) * p.group_channels +
                   chunk.first;
   copy_tile_async<T, Shape::kDepth, Shape::kColumns, Product::kStrideB>(
-      memory.weight, from, p.group_channels, int(min(outputs, int64_t(Shape::kDepth))), chunk.width);
+      memory.weight, from, p.group_channels, min(outputs, Shape::kDepth), chunk.width);
   cp_async_commit();
 }
 
@@ -158,21 +158,22 @@ __device__ __forceinline__ void offset_gradients(const InputSide<T>& p, const In
   constexpr int kRows = TileShape<T>::kRows, kVector = kVector16<T>, kLanes = TileShape<T>::kColumns / kVector;
   constexpr int kSlots = kProductThreads / kLanes;
   int lane = threadIdx.x % kLanes;
-  int64_t channel = chunk.begin(p) + lane * kVector, end = chunk.begin(p) + chunk.width;
-  int64_t offset_group = channel / p.offset_group_channels, first_group = chunk.begin(p) / p.offset_group_channels;
-  int64_t group_begin = offset_group * p.offset_group_channels, group_end = group_begin + p.offset_group_channels;
+  int channel = chunk.begin(p) + lane * kVector, end = chunk.begin(p) + chunk.width;
+  int offset_group = channel / p.offset_group_channels, first_group = chunk.begin(p) / p.offset_group_channels;
+  int group_begin = offset_group * p.offset_group_channels, group_end = group_begin + p.offset_group_channels;
   bool exists = channel < end;
-  int remaining = exists ? int(min(end, group_end) - channel) / kVector : 0;
+  int remaining = exists ? (min(end, group_end) - channel) / kVector : 0;
   bool is_first = exists && (lane == 0 || channel == group_begin);
   bool continues = group_begin < chunk.begin(p), goes_on = group_end > end;
   const T* image = p.input + tile.image * p.image_pixels * p.channels + channel;
+#pragma unroll 1
   for (int pixel = threadIdx.x / kLanes; pixel < kRows; pixel += kSlots) {
-    int at = exists ? int(offset_group - first_group) * kRows + pixel : pixel;
+    int at = exists ? (offset_group - first_group) * kRows + pixel : pixel;
     SampleGradient<Real> sum{0, 0, 0};
     int row = samples.row[at];
     if (exists && row != samples.kOutside) {
       Vector<T, kVector> corner[4];
-      load_corners(image, p.channels, p.samples.width * p.channels, Cell::at(p.samples, row, samples.column[at]),
+      load_corners(image, p.channels, int64_t(p.samples.width) * p.channels, Cell::at(p.samples, row, samples.column[at]),
                    corner);
       sum = sample_gradient(corner, memory.gradient + pixel * Memory::kGradientStride + lane * kVector,
                             samples.fraction_y[at], samples.fraction_x[at], samples.mask[at]);
@@ -225,8 +226,8 @@ __device__ __forceinline__ void scatter(const InputSide<T>& p, const Sum& sum, c
   constexpr int kRun = kRows * kLanes / kProductThreads;
   int channel = threadIdx.x % kLanes * kWidth, first_pixel = threadIdx.x / kLanes * kRun;
   if (channel >= chunk.width) return;
-  int64_t place = chunk.begin(p) + channel;
-  int plan = int(place / p.offset_group_channels - chunk.begin(p) / p.offset_group_channels) * kRows;
+  int place = chunk.begin(p) + channel;
+  int plan = (place / p.offset_group_channels - chunk.begin(p) / p.offset_group_channels) * kRows;
   const Real* gradient = memory.gradient + channel;
   const int64_t image = tile.image * p.image_pixels;
 
@@ -234,9 +235,10 @@ __device__ __forceinline__ void scatter(const InputSide<T>& p, const Sum& sum, c
     if (pending.column < 0 || pending.column >= p.samples.width) return;
     int64_t at = (image + int64_t(pending.row) * p.samples.width + pending.column) * p.channels + place;
     if (pending.row >= 0) add_pixel(sum, at, pending.upper);
-    if (pending.row + 1 < p.samples.height) add_pixel(sum, at + p.samples.width * p.channels, pending.lower);
+    if (pending.row + 1 < p.samples.height) add_pixel(sum, at + int64_t(p.samples.width) * p.channels, pending.lower);
   };
   PendingColumn<Real, kWidth> pending{0, -2, {}, {}};
+#pragma unroll 1
   for (int pixel = first_pixel; pixel < first_pixel + kRun; ++pixel) {
     int row = samples.row[plan + pixel];
     if (row == samples.kOutside) continue;
@@ -271,11 +273,10 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
   auto samples = Samples<Real, Shape::kRows>::in(memory.samples, p.offset_groups_per_chunk);
   int tile_index = blockIdx.x / p.tap_parts, part = blockIdx.x % p.tap_parts;
   int64_t first = int64_t(tile_index % p.tiles_per_image) * Shape::kRows;
-  const PixelTile tile{tile_index / p.tiles_per_image, first,
-                       int(min(int64_t(Shape::kRows), p.samples.out_pixels - first))};
-  const int depths = int(ceil_div<int64_t>(p.group_outputs, Shape::kDepth));
-  Step step{int(part * p.samples.taps / p.tap_parts), 0, 0};
-  const int end_tap = int((part + 1) * p.samples.taps / p.tap_parts);
+  const auto tile = PixelTile::at(p.samples, tile_index / p.tiles_per_image, first, Shape::kRows);
+  const int depths = ceil_div(p.group_outputs, Shape::kDepth);
+  Step step{int(int64_t(part) * p.samples.taps / p.tap_parts), 0, 0};
+  const int end_tap = int(int64_t(part + 1) * p.samples.taps / p.tap_parts);
   FixedSum<Real> fixed_sum = p.fixed_sum;
   if (p.fixed) fixed_sum.prepare();
 
@@ -287,13 +288,13 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
     __syncthreads();  // the operands are there, and everyone is done with the samples and gradients before
     if (step.depth == 0) {
       product.clear();
-      int64_t first_group = chunk.begin(p) / p.offset_group_channels;
-      int64_t last_group = (chunk.begin(p) + chunk.width - 1) / p.offset_group_channels;
+      int first_group = chunk.begin(p) / p.offset_group_channels;
+      int last_group = (chunk.begin(p) + chunk.width - 1) / p.offset_group_channels;
       write_samples<T, Real, Shape::kRows, kProductThreads>(p.samples, tile, step.tap, first_group,
-                                                            int(last_group - first_group) + 1, samples);
+                                                            last_group - first_group + 1, samples);
     }
-    int64_t depth = min(p.group_outputs - int64_t(step.depth) * Shape::kDepth, int64_t(Shape::kDepth));
-    product.multiply(memory.grad_output, memory.weight, int(round_up<int64_t>(depth, Product::kStep)));
+    int depth = min(p.group_outputs - step.depth * Shape::kDepth, Shape::kDepth);
+    product.multiply(memory.grad_output, memory.weight, round_up(depth, Product::kStep));
     bool complete = step.depth == depths - 1;
     if (complete) product.store(memory.gradient, memory.kGradientStride, Shape::kRows, Shape::kColumns);
     __syncthreads();  // everyone is done with the operands; samples and gradients are there
@@ -319,11 +320,11 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
 }
 
 template <class T, class Product>
-__global__ void __launch_bounds__(kProductThreads) input_gradients(InputSide<T> p) {
+__global__ void __launch_bounds__(kProductThreads, 3) input_gradients(InputSide<T> p) {
   if constexpr (Product::kRunsHere) {
     run_input_tile<T, Product>(p);
   } else {
-    needs_later_device();
+    __trap();  // the host chose another product for this device
   }
 }
 

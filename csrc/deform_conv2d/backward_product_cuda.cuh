@@ -195,7 +195,7 @@ struct Tf32Product : WarpTile<T> {
 // 16-byte vectors from global to shared memory: rows [0, rows) of the matrix, `columns` wide, into a kRows x kColumns
 // one; zeros for what is missing. Asynchronous; a row's first element is aligned to 16 bytes.
 template <class T, int kRows, int kColumns, int kStride>
-__device__ __forceinline__ void copy_tile_async(T* to, const T* from, int64_t row_stride, int rows, int64_t columns) {
+__device__ __forceinline__ void copy_tile_async(T* to, const T* from, int64_t row_stride, int rows, int columns) {
   constexpr int kVector = kVector16<T>, kPerRow = kColumns / kVector;
   for (int i = threadIdx.x; i < kRows * kPerRow; i += kProductThreads) {
     int row = i / kPerRow, column = i % kPerRow * kVector;

@@ -39,25 +39,30 @@ Runs output_runs(const Params& p) {
 // What samples are made from.
 template <class T>
 struct SampleSource {
-  int64_t out_pixels, taps;
+  int64_t out_pixels;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int height, width, out_width, kernel_w;
-  int64_t offset_groups;
+  int height, width, out_width, kernel_w, taps, offset_groups;
   bool offset_is_float, mask_is_float;
   const void *offset, *mask;
 
   static SampleSource of(const Params& p) {
-    return {p.out_pixels(),      p.taps(),       p.stride_h,     p.stride_w,         p.pad_h,
-            p.pad_w,             p.dilation_h,   p.dilation_w,   int(p.height),      int(p.width),
-            int(p.out_width),    int(p.kernel_w), p.offset_groups, p.offset_is_float, p.mask_is_float,
-            p.offset,            p.mask};
+    return {p.out_pixels(),    p.stride_h,     p.stride_w,      p.pad_h,           p.pad_w,
+            p.dilation_h,      p.dilation_w,   int(p.height),   int(p.width),      int(p.out_width),
+            int(p.kernel_w),   int(p.taps()),  int(p.offset_groups), p.offset_is_float, p.mask_is_float,
+            p.offset,          p.mask};
   }
 };
 
-// Consecutive output pixels of one image.
+// Consecutive output pixels of one image, from `first` on, which lies at (row, column).
 struct PixelTile {
   int64_t image, first;
-  int count;
+  int count, row, column;
+
+  template <class T>
+  __device__ __forceinline__ static PixelTile at(const SampleSource<T>& s, int64_t image, int64_t first, int most) {
+    int64_t row = first / s.out_width, left = s.out_pixels - first;
+    return {image, first, left < most ? int(left) : most, int(row), int(first - row * s.out_width)};
+  }
 };
 
 // The samples of a tile of kPixels pixels at one tap, for some offset groups: arrays in shared memory, offset group by
@@ -94,15 +99,14 @@ __device__ __forceinline__ void store_as_of(Real value, void* tensor, bool is_re
 
 // Position in `mask` of an image's first pixel, and half of that of its dy in `offset`.
 template <class T>
-__device__ __forceinline__ int64_t sample_plane(const SampleSource<T>& s, int64_t image, int64_t offset_group,
-                                                int tap) {
+__device__ __forceinline__ int64_t sample_plane(const SampleSource<T>& s, int64_t image, int offset_group, int tap) {
   return ((image * s.offset_groups + offset_group) * s.taps + tap) * s.out_pixels;
 }
 
 // All threads together write the samples of `count` offset groups from `first_group` on.
 template <class T, class Real, int kPixels, int kThreads>
 __device__ __forceinline__ void write_samples(const SampleSource<T>& s, const PixelTile& tile, int tap,
-                                              int64_t first_group, int count, const Samples<Real, kPixels>& samples) {
+                                              int first_group, int count, const Samples<Real, kPixels>& samples) {
   for (int i = threadIdx.x; i < count * kPixels; i += kThreads) {
     int pixel = i % kPixels;
     samples.row[i] = Samples<Real, kPixels>::kOutside;
@@ -110,7 +114,8 @@ __device__ __forceinline__ void write_samples(const SampleSource<T>& s, const Pi
     samples.fraction_y[i] = samples.fraction_x[i] = samples.mask[i] = 0;
     if (pixel >= tile.count) continue;
     int64_t plane = sample_plane(s, tile.image, first_group + i / kPixels, tap), at = tile.first + pixel;
-    int64_t out_row = at / s.out_width, out_column = at - out_row * s.out_width;
+    unsigned column_on = unsigned(tile.column + pixel), rows_on = column_on / unsigned(s.out_width);
+    int64_t out_row = tile.row + int64_t(rows_on), out_column = column_on - rows_on * unsigned(s.out_width);
     Real y = load_as_of<T, Real>(s.offset, s.offset_is_float, 2 * plane + at);
     Real x = load_as_of<T, Real>(s.offset, s.offset_is_float, 2 * plane + s.out_pixels + at);
     y += Real(out_row * s.stride_h - s.pad_h) + Real(tap / s.kernel_w * s.dilation_h);
@@ -141,7 +146,7 @@ struct Cell {
 // Vectors of the four corners' channels, zeros where a corner does not exist; `image` points at the vector in the
 // image's first pixel.
 template <class T, int N>
-__device__ __forceinline__ void load_corners(const T* image, int64_t pixel_stride, int64_t row_stride, const Cell& cell,
+__device__ __forceinline__ void load_corners(const T* image, int pixel_stride, int64_t row_stride, const Cell& cell,
                                              Vector<T, N> (&corner)[4]) {
   const T* first = image + cell.pixel * pixel_stride;
   const bool there[4] = {cell.top && cell.left, cell.top && cell.right, cell.bottom && cell.left,

@@ -23,10 +23,10 @@ struct WeightSide {
   using Real = device_acc_t<T>;
   SampleSource<T> samples;
   int64_t batch, image_pixels;
-  int64_t channels, outputs;              // padded, of all groups: strides of input and grad_output
-  int64_t group_channels, group_outputs;  // padded, of one weight group
-  int64_t offset_group_channels;          // padded, of one offset group
-  int64_t groups;
+  int channels, outputs;                  // padded, of all groups: strides of input and grad_output
+  int group_channels, group_outputs;      // padded, of one weight group
+  int offset_group_channels;              // padded, of one offset group
+  int groups;
   int chunks_per_group, output_tiles;     // of a weight group: tiles of kColumns channels and kRows outputs
   int offset_groups_per_chunk;            // at most
   int splits;
@@ -34,28 +34,29 @@ struct WeightSide {
   const T *input, *grad_output;           // channels last
   Real* sums;                             // [split][group][tap][output][channel]
 
-  int64_t units() const { return groups * output_tiles * samples.taps * chunks_per_group; }
-  HDROPS_HD int64_t split_size() const { return groups * samples.taps * group_outputs * group_channels; }
+  int64_t units() const { return int64_t(groups) * output_tiles * samples.taps * chunks_per_group; }
+  HDROPS_HD int64_t split_size() const {
+    return int64_t(groups) * samples.taps * group_outputs * group_channels;
+  }
 };
 
 // What a block computes: a tile of the weight's gradient, and from which steps.
 struct WeightTile {
-  int split, tap;
-  int64_t group, first_output, first_channel, width;  // the last three among the group's
+  int split, tap, group, first_output, first_channel, width;  // the last three among the group's
 
   template <class T>
   __device__ __forceinline__ static WeightTile mine(const WeightSide<T>& p) {
     constexpr int kRows = TileShape<T>::kRows, kColumns = TileShape<T>::kColumns;
-    int64_t index = blockIdx.x;
-    int64_t chunk = index % p.chunks_per_group;
+    int index = blockIdx.x;
+    int chunk = index % p.chunks_per_group;
     index /= p.chunks_per_group;
-    int tap = int(index % p.samples.taps);
+    int tap = index % p.samples.taps;
     index /= p.samples.taps;
-    int64_t output_tile = index % p.output_tiles;
+    int output_tile = index % p.output_tiles;
     index /= p.output_tiles;
-    int64_t first_channel = chunk * kColumns;
-    return {int(index / p.groups),   tap,           index % p.groups,
-            output_tile * kRows, first_channel, min(int64_t(kColumns), p.group_channels - first_channel)};
+    int first_channel = chunk * kColumns;
+    return {index / p.groups,    tap,           index % p.groups,
+            output_tile * kRows, first_channel, min(kColumns, p.group_channels - first_channel)};
   }
 };
 
@@ -80,21 +81,22 @@ struct WeightMemory {
 template <class T, class Product>
 __device__ __forceinline__ void gather_columns(const WeightSide<T>& p, const PixelTile& tile,
                                                const Samples<device_acc_t<T>, TileShape<T>::kDepth>& samples,
-                                               int64_t first_channel, int64_t width, T* columns) {
+                                               int first_channel, int width, T* columns) {
   using Real = device_acc_t<T>;
   constexpr int kVector = kVector16<T>, kLanes = TileShape<T>::kColumns / kVector;
   int channel = threadIdx.x % kLanes * kVector;
-  int64_t place = first_channel + channel;
+  int place = first_channel + channel;
   bool exists = channel < width;
-  int plan = exists ? int(place / p.offset_group_channels - first_channel / p.offset_group_channels) : 0;
+  int plan = exists ? place / p.offset_group_channels - first_channel / p.offset_group_channels : 0;
   plan *= TileShape<T>::kDepth;
   const T* image = p.input + tile.image * p.image_pixels * p.channels + place;
+#pragma unroll 1
   for (int pixel = threadIdx.x / kLanes; pixel < TileShape<T>::kDepth; pixel += kProductThreads / kLanes) {
     Vector<T, kVector> column{};
     int row = samples.row[plan + pixel];
     if (exists && row != samples.kOutside) {
       Vector<T, kVector> corner[4];
-      load_corners(image, p.channels, p.samples.width * p.channels,
+      load_corners(image, p.channels, int64_t(p.samples.width) * p.channels,
                    Cell::at(p.samples, row, samples.column[plan + pixel]), corner);
       Real y = samples.fraction_y[plan + pixel], x = samples.fraction_x[plan + pixel];
       Real mask = samples.mask[plan + pixel], upper = mask * (1 - y), lower = mask * y;
@@ -118,8 +120,7 @@ struct PixelSteps {
   template <class T>
   __device__ __forceinline__ PixelTile tile(const WeightSide<T>& p) const {
     constexpr int kDepth = TileShape<T>::kDepth;
-    int64_t first = step * kDepth;
-    return {image, first, int(min(int64_t(kDepth), p.samples.out_pixels - first))};
+    return PixelTile::at(p.samples, image, step * kDepth, kDepth);
   }
   template <class T>
   __device__ __forceinline__ void advance(const WeightSide<T>& p) {
@@ -135,10 +136,10 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
   auto memory = WeightMemory<T, Product>::get();
   auto samples = Samples<Real, kDepth>::in(memory.samples, p.offset_groups_per_chunk);
   const WeightTile target = WeightTile::mine(p);
-  const int64_t first_channel = target.group * p.group_channels + target.first_channel;
-  const int64_t first_group = first_channel / p.offset_group_channels;
-  const int groups = int((first_channel + target.width - 1) / p.offset_group_channels - first_group) + 1;
-  const int64_t outputs = min(p.group_outputs - target.first_output, int64_t(Shape::kRows));
+  const int first_channel = target.group * p.group_channels + target.first_channel;
+  const int first_group = first_channel / p.offset_group_channels;
+  const int groups = (first_channel + target.width - 1) / p.offset_group_channels - first_group + 1;
+  const int outputs = min(p.group_outputs - target.first_output, Shape::kRows);
 
   const int64_t steps = p.batch * p.steps_per_image, begin = target.split * steps / p.splits;
   int64_t remaining = (target.split + 1) * steps / p.splits - begin;
@@ -167,18 +168,18 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
     product.multiply(memory.grad_output, memory.columns, kDepth);
   }
   Real* sums = p.sums + target.split * p.split_size() +
-               ((target.group * p.samples.taps + target.tap) * p.group_outputs + target.first_output) *
+               ((int64_t(target.group) * p.samples.taps + target.tap) * p.group_outputs + target.first_output) *
                    p.group_channels +
                target.first_channel;
-  product.store(sums, p.group_channels, int(outputs), int(target.width));
+  product.store(sums, p.group_channels, outputs, target.width);
 }
 
 template <class T, class Product>
-__global__ void __launch_bounds__(kProductThreads) weight_sums(WeightSide<T> p) {
+__global__ void __launch_bounds__(kProductThreads, 3) weight_sums(WeightSide<T> p) {
   if constexpr (Product::kRunsHere) {
     run_weight_tile<T, Product>(p);
   } else {
-    needs_later_device();
+    __trap();  // the host chose another product for this device
   }
 }
 
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kProductThreads)
     reduce_weight(WeightSide<T> p, Runs channels, int64_t group_channels, int64_t group_outputs, T* grad_weight) {
   using Real = device_acc_t<T>;
   int64_t index = int64_t(blockIdx.x) * kProductThreads + threadIdx.x;
-  if (index >= p.groups * p.samples.taps * group_outputs * group_channels) return;
+  if (index >= int64_t(p.groups) * p.samples.taps * group_outputs * group_channels) return;
   int64_t channel = index % group_channels, output = index / group_channels % group_outputs;
   int64_t tap = index / group_channels / group_outputs % p.samples.taps;
   int64_t group = index / group_channels / group_outputs / p.samples.taps;
