@@ -1,4 +1,5 @@
-// Deformable convolution on the GPU: samples are gathered into shared memory and multiplied there; no columns in memory.
+// Deformable convolution on the GPU: samples are gathered into shared memory and multiplied there; no columns in
+// memory.
 //
 // A block of 256 threads owns a patch of 128 output pixels of one image (16 x 8 where the output is large enough) and
 // up to 128 outputs of one weight group. Its depth, channels times taps, comes in chunks of 64 bytes of channels of one
@@ -11,9 +12,9 @@
 // with one barrier a chunk, since every buffer is double. A thread gathers 16-byte vectors of channels: two a chunk,
 // 8 loads in flight. A plan serves all chunks of its channels.
 //
-// Shared memory: 16 KB of columns, 128 bytes of weights for every output (4 to 16 KB), plans of 6 KB (10 for double) for
-// each run of channels that a chunk meets: 30 KB with 64 outputs and one offset group, 48 KB with a run a vector. The
-// launch bound of 128 registers lets two blocks share a multiprocessor.
+// Shared memory: 16 KB of columns, 128 bytes of weights for every output (4 to 16 KB), plans of 6 KB (10 for double)
+// for each run of channels that a chunk meets: 30 KB with 64 outputs and one offset group, 48 KB with a run a vector.
+// The launch bound of 128 registers lets two blocks share a multiprocessor.
 //
 // Memory: images must be channels last in whole vectors. One that is not (NCHW, or runs that are no whole vectors) is
 // copied first, run by run, so that the samples of an offset group with few channels lie together. Weights are repacked
@@ -26,8 +27,6 @@
 
 namespace hdrops::deform_conv2d {
 
-constexpr int kForwardThreads = 256;
-
 template <class T>
 struct Forward {
   SampleSource<T> samples;
@@ -37,7 +36,7 @@ struct Forward {
   const T* bias;
   T* output;
   bool channels_last;  // of the output
-  int64_t out_channels, group_outputs, padded_outputs, out_height;
+  int64_t out_channels, group_outputs, padded_outputs;
   int groups, group_runs, runs_per_offset_group;
   int run_vectors, group_vectors;  // 16-byte vectors of a run and of a weight group
   int taps, chunks;                // chunks of a tap
@@ -46,33 +45,36 @@ struct Forward {
   int log2_patch_width, patches_across, patches, output_tiles;
 };
 
-// Sizes of the kernel for data of type T.
-template <class T, class Arithmetic>
+// Sizes of the kernel for data of type T and kOutputs outputs. With 128 outputs a block of 256 threads would need more
+// registers than two of them on a multiprocessor may have; one of 512 keeps as many threads there.
+template <class T, class Arithmetic, int kOutputs>
 struct ForwardShape {
-  using Element = typename Arithmetic::Element;
-  static constexpr int kVector = kVector16<T>, kDepth = kPanelDepth<Arithmetic>;
-  static constexpr int kVectors = kDepth / kVector;                             // of a chunk
-  static constexpr int kItems = kPatchPixels * kVectors / kForwardThreads;      // that a thread gathers, and plans
-  static constexpr int kColumnBytes = kPatchPixels * kPanelBytes;
-  static_assert(kItems >= 1);
+  static constexpr int kThreads = kOutputs > 64 ? 512 : 256;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 512 / kThreads;  // on a multiprocessor
+  static constexpr int kVector = kVector16<T>;
+  static constexpr int kVectors = kPanelDepth<Arithmetic> / kVector;  // of a chunk
+  static constexpr int kItems = kPatchPixels * kVectors / kThreads;   // that a thread gathers, and plans at most
+  static constexpr int kPlanStep = kThreads / kPatchPixels;           // runs that all threads plan at once
+  static constexpr int kColumnBytes = kPatchPixels * kPanelBytes, kWeightBytes = kOutputs * kPanelBytes;
+  static_assert(kItems * kThreads == kPatchPixels * kVectors);
 };
 
 // A chunk of the depth, the runs of the weight group that it meets, and the buffer that has their plan.
-struct Chunk {
+struct DepthChunk {
   int tap, index;
   int first_run, runs;
   int plan;
 
   template <class T>
-  __device__ __forceinline__ static Chunk at(const Forward<T>& f, int tap, int index, int vectors) {
+  __device__ __forceinline__ static DepthChunk at(const Forward<T>& f, int tap, int index, int vectors) {
     int first = index * vectors, last = min(first + vectors, f.group_vectors) - 1;
     int run = first / f.run_vectors;
     return {tap, index, run, last / f.run_vectors - run + 1, 0};
   }
   template <class T>
-  __device__ __forceinline__ Chunk next(const Forward<T>& f, int vectors) const {
+  __device__ __forceinline__ DepthChunk next(const Forward<T>& f, int vectors) const {
     bool same_tap = index + 1 < f.chunks;
-    Chunk chunk = at(f, same_tap ? tap : tap + 1, same_tap ? index + 1 : 0, vectors);
+    DepthChunk chunk = at(f, same_tap ? tap : tap + 1, same_tap ? index + 1 : 0, vectors);
     bool same_plan = same_tap && chunk.first_run == first_run && chunk.runs == runs;
     chunk.plan = same_plan ? plan : 1 - plan;
     return chunk;
@@ -83,16 +85,16 @@ struct Chunk {
 struct ForwardTile {
   PixelPatch patch;
   int group;
-  int64_t first_output;  // of the group
+  int first_output;  // of the group
 
   template <class T>
-  __device__ __forceinline__ static ForwardTile of(const Forward<T>& f, int64_t block, int outputs) {
-    int64_t output_tile = block % f.output_tiles, rest = block / f.output_tiles;
-    int group = int(rest % f.groups);
+  __device__ __forceinline__ static ForwardTile of(const Forward<T>& f, int block, int outputs) {
+    int output_tile = block % f.output_tiles, rest = block / f.output_tiles;
+    int group = rest % f.groups;
     rest /= f.groups;
-    int64_t patch = rest % f.patches, image = rest / f.patches;
-    int64_t row = (patch / f.patches_across) << (7 - f.log2_patch_width);
-    int64_t column = (patch % f.patches_across) << f.log2_patch_width;
+    int patch = rest % f.patches, image = rest / f.patches;
+    int row = (patch / f.patches_across) << (7 - f.log2_patch_width);
+    int column = (patch % f.patches_across) << f.log2_patch_width;
     return {{image, row, column, f.log2_patch_width}, group, output_tile * outputs};
   }
 };
@@ -103,15 +105,16 @@ template <class T, class Shape>
 struct GatherItem {
   int pixel, vector;
   bool exists;
-  int run;       // among the chunk's
+  int run;        // among the chunk's
   const T* from;  // in the image's first pixel
 
-  __device__ __forceinline__ static GatherItem of(const Forward<T>& f, const T* group_image, const Chunk& chunk,
+  __device__ __forceinline__ static GatherItem of(const Forward<T>& f, const T* group_image, const DepthChunk& chunk,
                                                   int item) {
-    int index = int(threadIdx.x) + item * kForwardThreads;
+    int index = int(threadIdx.x) + item * Shape::kThreads;
     GatherItem it;
     it.pixel = (index >> f.log2_neighbours) % kPatchPixels;
-    it.vector = (index >> f.log2_neighbours) / kPatchPixels << f.log2_neighbours | (index & ((1 << f.log2_neighbours) - 1));
+    it.vector =
+        (index >> f.log2_neighbours) / kPatchPixels << f.log2_neighbours | (index & ((1 << f.log2_neighbours) - 1));
     it.exists = chunk.index * Shape::kVectors + it.vector < f.group_vectors;
     int in_run = chunk.index * Shape::kVectors - chunk.first_run * f.run_vectors + it.vector;
     it.run = 0;
@@ -125,50 +128,51 @@ struct GatherItem {
 };
 
 template <class T, class Arithmetic, int kOutputs>
-__global__ void __launch_bounds__(kForwardThreads, 2) forward_kernel(Forward<T> f) {
+__global__ void __launch_bounds__(ForwardShape<T, Arithmetic, kOutputs>::kThreads,
+                                  ForwardShape<T, Arithmetic, kOutputs>::kBlocks) forward_kernel(Forward<T> f) {
   using Real = device_acc_t<T>;
-  using Shape = ForwardShape<T, Arithmetic>;
+  using Shape = ForwardShape<T, Arithmetic, kOutputs>;
   constexpr int kVector = Shape::kVector, kItems = Shape::kItems, kVectors = Shape::kVectors;
-  constexpr int kWeightBytes = kOutputs * kPanelBytes;
   unsigned char* columns = shared_memory<unsigned char>();
   unsigned char* weights = columns + 2 * Shape::kColumnBytes;
-  unsigned char* plans = weights + 2 * kWeightBytes;
-  auto plan_of = [&](const Chunk& chunk) {
+  unsigned char* plans = weights + 2 * Shape::kWeightBytes;
+  auto plan_of = [&](const DepthChunk& chunk) {
     return SamplePlan<Real>::in(plans + chunk.plan * SamplePlan<Real>::bytes(f.plan_runs), f.plan_runs);
   };
 
-  const ForwardTile tile = ForwardTile::of(f, blockIdx.x, kOutputs);
-  const T* group_image = f.image + tile.patch.image * f.strides.image + tile.group * f.group_runs * f.strides.run;
+  const ForwardTile tile = ForwardTile::of(f, int(blockIdx.x), kOutputs);
+  const T* group_image =
+      f.image + tile.patch.image * f.strides.image + int64_t(tile.group) * f.group_runs * f.strides.run;
   const int site_pixel = int(threadIdx.x) % kPatchPixels;
   const auto pixel = SitePixel<T>::of(f.samples, tile.patch, site_pixel);
 
-  auto load_sites = [&](const Chunk& chunk, Site<Real>(&sites)[kItems]) {
+  auto load_sites = [&](const DepthChunk& chunk, Site<Real>(&sites)[kItems]) {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      int run = int(threadIdx.x) / kPatchPixels + 2 * item;
+      int run = int(threadIdx.x) / kPatchPixels + Shape::kPlanStep * item;
       if (run >= chunk.runs) continue;
       int64_t offset_group = (int64_t(tile.group) * f.group_runs + chunk.first_run + run) / f.runs_per_offset_group;
       sites[item] = pixel.load(f.samples, tile.patch.image, offset_group, chunk.tap);
     }
   };
-  auto write_plan = [&](const Chunk& chunk, const Site<Real>(&sites)[kItems]) {
+  auto write_plan = [&](const DepthChunk& chunk, const Site<Real>(&sites)[kItems]) {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      int run = int(threadIdx.x) / kPatchPixels + 2 * item;
+      int run = int(threadIdx.x) / kPatchPixels + Shape::kPlanStep * item;
       if (run >= chunk.runs) continue;
       pixel.write(f.samples, f.strides, chunk.tap, sites[item], plan_of(chunk), run * kPatchPixels + site_pixel);
     }
   };
-  auto load_corners = [&](const Chunk& chunk, Corners<T, kVector>(&corners)[kItems]) {
+  auto load_corners = [&](const DepthChunk& chunk, Corners<T>(&corners)[kItems]) {
     SamplePlan<Real> plan = plan_of(chunk);
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       auto it = GatherItem<T, Shape>::of(f, group_image, chunk, item);
       int64_t place = it.exists ? plan.places[it.run * kPatchPixels + it.pixel] : -1;
-      corners[item] = Corners<T, kVector>::load(it.from, f.strides, place);
+      corners[item] = Corners<T>::load(it.from, f.strides, place);
     }
   };
-  auto write_columns = [&](const Chunk& chunk, const Corners<T, kVector>(&corners)[kItems], unsigned char* target) {
+  auto write_columns = [&](const DepthChunk& chunk, const Corners<T>(&corners)[kItems], unsigned char* target) {
     SamplePlan<Real> plan = plan_of(chunk);
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
@@ -178,26 +182,28 @@ __global__ void __launch_bounds__(kForwardThreads, 2) forward_kernel(Forward<T> 
       store_elements<Arithmetic>(target, it.pixel, it.vector * kVector, values);
     }
   };
-  auto copy_weights = [&](const Chunk& chunk, unsigned char* target) {
-    int64_t chunks_before = (int64_t(tile.group) * f.taps + chunk.tap) * f.chunks + chunk.index;
-    const unsigned char* source = f.weight + (chunks_before * f.padded_outputs + tile.first_output) * kPanelBytes;
-    for (int piece = threadIdx.x; piece < kOutputs * 4; piece += kForwardThreads) {
-      cp_async_16(target + panel_position(piece / 4, piece % 4), source + piece * 16);
+  // Chunks follow each other in memory.
+  const unsigned char* next_weights =
+      f.weight + (int64_t(tile.group) * f.taps * f.chunks * f.padded_outputs + tile.first_output) * kPanelBytes;
+  auto copy_weights = [&](unsigned char* target) {
+    for (int piece = threadIdx.x; piece < kOutputs * 4; piece += Shape::kThreads) {
+      cp_async_16(target + panel_position(piece / 4, piece % 4), next_weights + piece * 16);
     }
     cp_async_commit();
+    next_weights += f.padded_outputs * kPanelBytes;
   };
 
-  TileProduct<Arithmetic, kPatchPixels, kOutputs> product;
+  TileProduct<Arithmetic, kPatchPixels, kOutputs, Shape::kThreads / 32> product;
   product.clear();
   // Before the product of chunk `step` come its samples and weights, a step earlier, and its plan, one more earlier.
   const int steps = f.taps * f.chunks;
-  Chunk next{}, planned{};
+  DepthChunk next{}, planned{};
   for (int step = -2; step < steps; ++step) {
     const bool gathers = step >= -1 && step + 1 < steps;
     next = planned;
     bool plans_anew = step == -2;
     if (step == -2) {
-      planned = Chunk::at(f, 0, 0, kVectors);
+      planned = DepthChunk::at(f, 0, 0, kVectors);
     } else if (step + 2 < steps) {
       planned = next.next(f, kVectors);
       plans_anew = planned.plan != next.plan;
@@ -205,29 +211,28 @@ __global__ void __launch_bounds__(kForwardThreads, 2) forward_kernel(Forward<T> 
     const int buffer = step & 1, other = 1 - buffer;
 
     Site<Real> sites[kItems];
-    Corners<T, kVector> corners[kItems];
+    Corners<T> corners[kItems];
     if (plans_anew) load_sites(planned, sites);
     if (gathers) {
       load_corners(next, corners);
-      copy_weights(next, weights + other * kWeightBytes);
+      copy_weights(weights + other * Shape::kWeightBytes);
     }
-    if (step >= 0) product.multiply(columns + buffer * Shape::kColumnBytes, weights + buffer * kWeightBytes);
+    if (step >= 0) product.multiply(columns + buffer * Shape::kColumnBytes, weights + buffer * Shape::kWeightBytes);
     if (gathers) write_columns(next, corners, columns + other * Shape::kColumnBytes);
     if (plans_anew) write_plan(planned, sites);
     cp_async_wait<0>();
     __syncthreads();
   }
 
-  const int64_t first_channel = tile.group * f.group_outputs + tile.first_output;
-  const int64_t channels = f.group_outputs - tile.first_output;
+  const int outputs = int(f.group_outputs) - tile.first_output;
   product.for_each([&](int in_patch, int output, Real sum) {
-    int64_t row = tile.patch.row(in_patch), column = tile.patch.column(in_patch);
-    if (output >= channels || row >= f.out_height || column >= f.samples.out_width) return;
-    int64_t channel = first_channel + output, at = row * f.samples.out_width + column;
+    int row = tile.patch.row(in_patch), column = tile.patch.column(in_patch);
+    if (output >= outputs || row >= f.samples.out_height || column >= f.samples.out_width) return;
+    int64_t channel = tile.group * f.group_outputs + tile.first_output + output;
+    int64_t at = int64_t(row) * f.samples.out_width + column;
     if (f.bias != nullptr) sum += load_as(f.bias[channel]);
-    int64_t position = f.channels_last
-                           ? (tile.patch.image * f.samples.out_pixels + at) * f.out_channels + channel
-                           : (tile.patch.image * f.out_channels + channel) * f.samples.out_pixels + at;
+    int64_t position = f.channels_last ? (tile.patch.image * f.samples.out_pixels + at) * f.out_channels + channel
+                                       : (tile.patch.image * f.out_channels + channel) * f.samples.out_pixels + at;
     f.output[position] = store_as<T>(sum);
   });
 }
@@ -266,8 +271,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_weight_kernel(WeightPacking
   reinterpret_cast<Vector<Element, kPiece>*>(p.panels)[piece] = packed;
 }
 
-// A channels-last image whose runs are no whole vectors (or that begins at an odd address): to the layout of the copies,
-// [image][run][pixel][padded channel]. A thread writes one element.
+// A channels-last image whose runs are no whole vectors (or that begins at an odd address): to the layout of the
+// copies, [image][run][pixel][padded channel]. A thread writes one element.
 template <class T>
 struct RunCopy {
   const T* source;
@@ -359,16 +364,16 @@ inline int log2_patch_width(const Params& p) {
 
 template <class T, class Arithmetic, int kOutputs>
 void launch_forward(Forward<T> f, int64_t batch, cudaStream_t stream) {
-  using Shape = ForwardShape<T, Arithmetic>;
+  using Shape = ForwardShape<T, Arithmetic, kOutputs>;
   f.chunks = ceil_div(f.group_vectors, Shape::kVectors);
   bool apart = f.run_vectors % Shape::kVectors == 0;
   f.plan_runs = apart ? 1 : min(Shape::kVectors, (Shape::kVectors - 2) / f.run_vectors + 2);
   f.log2_neighbours = 0;
   while (2 << f.log2_neighbours <= min(f.run_vectors, Shape::kVectors)) ++f.log2_neighbours;
-  size_t shared = 2 * (Shape::kColumnBytes + kOutputs * kPanelBytes);
+  size_t shared = 2 * (Shape::kColumnBytes + Shape::kWeightBytes);
   shared += 2 * SamplePlan<device_acc_t<T>>::bytes(f.plan_runs);
   int64_t blocks = batch * f.patches * f.groups * f.output_tiles;
-  launch(forward_kernel<T, Arithmetic, kOutputs>, Grid{dim3(unsigned(blocks)), dim3(kForwardThreads), shared}, stream,
+  launch(forward_kernel<T, Arithmetic, kOutputs>, Grid{dim3(unsigned(blocks)), dim3(Shape::kThreads), shared}, stream,
          f);
 }
 
@@ -398,7 +403,6 @@ void forward_with(const Params& p, void* workspace, cudaStream_t stream) {
   f.out_channels = p.out_channels;
   f.group_outputs = p.out_channels / p.groups;
   f.padded_outputs = round_up<int64_t>(f.group_outputs, outputs);
-  f.out_height = p.out_height;
   f.groups = int(p.groups);
   f.group_runs = int(runs.count() / p.groups);
   f.runs_per_offset_group = int(runs.count() / p.offset_groups);
@@ -411,8 +415,8 @@ void forward_with(const Params& p, void* workspace, cudaStream_t stream) {
   f.output_tiles = int(f.padded_outputs / outputs);
 
   int64_t chunks = ceil_div<int64_t>(f.group_vectors * kVector16<T>, kPanelDepth<Arithmetic>);
-  WeightPacking<T> packing{static_cast<const T*>(p.weight), panels, p.groups, f.group_outputs, f.padded_outputs,
-                           p.in_channels / p.groups, runs.run, runs.padded, p.taps(), chunks};
+  WeightPacking<T> packing{static_cast<const T*>(p.weight), panels,   p.groups,    f.group_outputs, f.padded_outputs,
+                           p.in_channels / p.groups,        runs.run, runs.padded, p.taps(),        chunks};
   Grid pack_grid{dim3(unsigned(ceil_div<int64_t>(division.weight_bytes / 16, kPackThreads))), dim3(kPackThreads)};
   launch(pack_weight_kernel<T, Arithmetic>, pack_grid, stream, packing);
 

@@ -2,8 +2,8 @@
 //
 // An operand is a panel: rows of 64 bytes, each with a piece of the depth (the index summed over), whose four 16-byte
 // pieces are permuted from row to row (panel_position), so that neither ldmatrix, nor the 16-byte loads of FMA, nor the
-// stores of a gather meet a bank conflict. TileProduct<Arithmetic, kRows, kColumns> adds a * b^T to its kRows x kColumns
-// sums: a has kRows rows, b kColumns. Arithmetic says what the elements are and what multiplies them:
+// stores of a gather meet a bank conflict. TileProduct<Arithmetic, kRows, kColumns> adds a * b^T to its kRows x
+// kColumns sums: a has kRows rows, b kColumns. Arithmetic says what the elements are and what multiplies them:
 //
 //   Fma<float>, Fma<double>         multiply-adds, on every device
 //   MatrixUnits<bfloat16|float16>   m16n8k16 with float sums, sm_80 and later
@@ -76,7 +76,7 @@ template <class Arithmetic, int kRows, int kColumns, int kWarps = 8, bool kMatri
 struct TileProduct {
   using Element = typename Arithmetic::Element;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpsAcross = kColumns >= 64 ? 2 : 1;
+  static constexpr int kWarpsAcross = kColumns / 32;
   static constexpr int kWarpColumns = kColumns / kWarpsAcross, kWarpRows = kRows / (kWarps / kWarpsAcross);
   static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
@@ -165,16 +165,16 @@ struct TileProduct<Arithmetic, kRows, kColumns, kWarps, false> {
   __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b) {
 #pragma unroll 1
     for (int piece = 0; piece < kPanelBytes / 16; ++piece) {
-      Piece left[kDown];
+      Piece right[kAcross];
 #pragma unroll
-      for (int i = 0; i < kDown; ++i) left[i] = load(a + panel_position(row(i), piece));
+      for (int j = 0; j < kAcross; ++j) right[j] = load(b + panel_position(column(j), piece));
 #pragma unroll
-      for (int j = 0; j < kAcross; ++j) {
-        Piece right = load(b + panel_position(column(j), piece));
+      for (int i = 0; i < kDown; ++i) {
+        Piece left = load(a + panel_position(row(i), piece));
 #pragma unroll
         for (int e = 0; e < kPiece; ++e) {
 #pragma unroll
-          for (int i = 0; i < kDown; ++i) sums[i][j] += left[i].value[e] * right.value[e];
+          for (int j = 0; j < kAcross; ++j) sums[i][j] += left.value[e] * right[j].value[e];
         }
       }
     }

@@ -10,13 +10,11 @@ constexpr int kPatchPixels = 128;
 // Output pixels of one image: kPatchPixels in rows of 2^log2_width, so that their samples lie near each other. Pixels
 // beyond the image's border exist in the patch only.
 struct PixelPatch {
-  int64_t image, first_row, first_column;
+  int image, first_row, first_column;
   int log2_width;
 
-  __device__ __forceinline__ int64_t row(int pixel) const { return first_row + (pixel >> log2_width); }
-  __device__ __forceinline__ int64_t column(int pixel) const {
-    return first_column + (pixel & ((1 << log2_width) - 1));
-  }
+  __device__ __forceinline__ int row(int pixel) const { return first_row + (pixel >> log2_width); }
+  __device__ __forceinline__ int column(int pixel) const { return first_column + (pixel & ((1 << log2_width) - 1)); }
 };
 
 // How an image's vectors lie: run `r` at r * run_stride, in it pixels pixel_stride elements apart.
@@ -67,8 +65,7 @@ struct SitePixel {
 
   __device__ __forceinline__ static SitePixel of(const SampleSource<T>& s, const PixelPatch& patch, int pixel) {
     int64_t row = patch.row(pixel), column = patch.column(pixel);
-    bool exists = column < s.out_width && row * s.out_width < s.out_pixels;
-    return {exists, row * s.out_width + column, Real(row * s.stride_h - s.pad_h),
+    return {row < s.out_height && column < s.out_width, row * s.out_width + column, Real(row * s.stride_h - s.pad_h),
             Real(column * s.stride_w - s.pad_w)};
   }
 
@@ -102,29 +99,39 @@ struct SitePixel {
   }
 };
 
-template <class T, int N>
+// One vector of channels at the four corners of a sample. Kept in words until it is interpolated: 16-bit values would
+// take a register each.
+template <class T>
 struct Corners {
-  Vector<T, N> of[4];
+  static constexpr int kVector = kVector16<T>;
+  using Words = Vector<uint32_t, 4>;
+  Words of[4];
 
-  // Of one vector of channels; `image` points at it in the image's first pixel.
+  // `image` points at the vector in the image's first pixel.
   __device__ __forceinline__ static Corners load(const T* image, const ImageStrides& strides, int64_t place) {
     Corners corners{};
     if (place < 0) return corners;
     const T* first = image + (place >> 2);
     int64_t right = place & 1 ? strides.pixel : 0, down = place & 2 ? strides.row : 0;
-    corners.of[0] = load_global(reinterpret_cast<const Vector<T, N>*>(first));
-    corners.of[1] = load_global(reinterpret_cast<const Vector<T, N>*>(first + right));
-    corners.of[2] = load_global(reinterpret_cast<const Vector<T, N>*>(first + down));
-    corners.of[3] = load_global(reinterpret_cast<const Vector<T, N>*>(first + down + right));
+    corners.of[0] = load_global(reinterpret_cast<const Words*>(first));
+    corners.of[1] = load_global(reinterpret_cast<const Words*>(first + right));
+    corners.of[2] = load_global(reinterpret_cast<const Words*>(first + down));
+    corners.of[3] = load_global(reinterpret_cast<const Words*>(first + down + right));
     return corners;
   }
 
   __device__ __forceinline__ void interpolate(const Vector<device_acc_t<T>, 4>& weights,
-                                              device_acc_t<T> (&values)[N]) const {
+                                              device_acc_t<T> (&values)[kVector]) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      values[i] = weights.value[0] * load_as(of[0].value[i]) + weights.value[1] * load_as(of[1].value[i]) +
-                  weights.value[2] * load_as(of[2].value[i]) + weights.value[3] * load_as(of[3].value[i]);
+    for (int i = 0; i < kVector; ++i) values[i] = 0;
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      union {
+        Words words;
+        Vector<T, kVector> vector;
+      } loaded = {of[corner]};
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] += weights.value[corner] * load_as(loaded.vector.value[i]);
     }
   }
 };

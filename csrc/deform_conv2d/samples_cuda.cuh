@@ -1,8 +1,8 @@
 // What the CUDA kernels of deform_conv2d share: how channels lie in memory, and where samples come from.
 //
 // Weight groups and offset groups cut the channels into runs of gcd(C / groups, C / offset_groups). In the kernels'
-// layouts each run is padded by zeros to whole 16-byte vectors: a vector then belongs to one weight group and one offset
-// group, and either group is a range of whole vectors.
+// layouts each run is padded by zeros to whole 16-byte vectors: a vector then belongs to one weight group and one
+// offset group, and either group is a range of whole vectors.
 #pragma once
 #include "common/device.cuh"
 #include "common/sampling.h"
@@ -23,9 +23,7 @@ struct Runs {
   HDROPS_HD int64_t position(int64_t channel) const { return channel / run * padded + channel % run; }
 };
 
-inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
-  return b == 0 ? a : greatest_common_divisor(b, a % b);
-}
+inline int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 
 template <class T>
 Runs input_runs(const Params& p) {
@@ -38,16 +36,15 @@ template <class T>
 struct SampleSource {
   int64_t out_pixels, taps;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int height, width, out_width, kernel_w;
+  int height, width, out_height, out_width, kernel_w;
   int64_t offset_groups;
   bool offset_is_float, mask_is_float;
   const void *offset, *mask;
 
   static SampleSource of(const Params& p) {
-    return {p.out_pixels(),   p.taps(),         p.stride_h,      p.stride_w,         p.pad_h,
-            p.pad_w,          p.dilation_h,     p.dilation_w,    int(p.height),      int(p.width),
-            int(p.out_width), int(p.kernel_w),  p.offset_groups, p.offset_is_float,  p.mask_is_float,
-            p.offset,         p.mask};
+    return {p.out_pixels(),  p.taps(),        p.stride_h,        p.stride_w,      p.pad_h,           p.pad_w,
+            p.dilation_h,    p.dilation_w,    int(p.height),     int(p.width),    int(p.out_height), int(p.out_width),
+            int(p.kernel_w), p.offset_groups, p.offset_is_float, p.mask_is_float, p.offset,          p.mask};
   }
 };
 
