@@ -16,7 +16,7 @@ export MAX_JOBS ?= 2
 BIN := $(VENV)/bin
 PEERS_BIN := $(PEERS_VENV)/bin
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests/emu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The files that need torchvision or ONNX Runtime, and one that shows that the library loads there at all.
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
 ASAN := build/asan

@@ -1,7 +1,9 @@
 """Fixtures shared by all tests, and where the real photographs are."""
 
 import os
+import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,3 +35,18 @@ def threads():
     count = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    """The CUDA kernels for the host's emulator, built first; a failure to build is a failure of the tests."""
+    return runpy.run_path(str(Path(__file__).parent / "emu" / "build.py"))["load"]()
+
+
+@pytest.fixture
+def emulated(emulated_module: ModuleType) -> ModuleType:
+    """The same with the emulator's device, schedule and random order as they are by default (docs/emulator.md)."""
+    emulated_module.set_device()
+    emulated_module.set_schedule("any")
+    emulated_module.set_seed(0)
+    return emulated_module
