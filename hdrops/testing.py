@@ -197,13 +197,23 @@ def rounded_products(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tens
 
 def sizes_of_products(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tensor:
     """``assert_close``'s ``products`` for the output of a kernel of ``deform_conv2d`` that rounds a factor of each."""
+    weight = tensors["weight"].double().reshape(case.groups, case.out_channels // case.groups, -1)
+    squares = _columns(case, tensors).reshape(case.n, case.groups, weight.shape[2], -1).square()
+    return (weight.square() @ squares).sqrt().reshape(case.n, case.out_channels, *case.output_size)
+
+
+def sizes_of_weight_products(case: DeformConv2dCase, tensors: dict[str, Tensor], grad_output: Tensor) -> Tensor:
+    """The same for the weight's gradient, a sum of products of samples and output gradients."""
+    gradients = grad_output.double().reshape(case.n, case.groups, case.out_channels // case.groups, -1)
+    squares = _columns(case, tensors).reshape(case.n, case.groups, -1, gradients.shape[3]).square()
+    return (gradients.square() @ squares.mT).sum(0).sqrt().reshape(tensors["weight"].shape)
+
+
+def _columns(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tensor:
+    """The samples, [N, channels * taps, H, W]: what a kernel of one tap for each channel and tap gives."""
     exact = {name: tensor.double() for name, tensor in tensors.items() if name != "bias"}
-    weight = exact["weight"].reshape(case.groups, case.out_channels // case.groups, -1)
-    # The columns, [N, channels * taps, H, W], are what a kernel of one tap for each channel and tap gives.
     taps = case.kernel[0] * case.kernel[1]
     picks = torch.eye(taps, dtype=torch.float64).repeat(case.channels, 1).reshape(-1, 1, *case.kernel)
-    columns = reference.deform_conv2d(
+    return reference.deform_conv2d(
         exact["input"], exact["offset"], picks, None, case.stride, case.padding, case.dilation, exact.get("mask")
     )
-    squares = columns.reshape(case.n, case.groups, weight.shape[2], case.output_size[0] * case.output_size[1]).square()
-    return (weight.square() @ squares).sqrt().reshape(case.n, case.out_channels, *case.output_size)

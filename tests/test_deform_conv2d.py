@@ -54,9 +54,14 @@ def gradient_like(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def assert_all_close(
-    actual: dict[str, Tensor], wanted: dict[str, Tensor], case: Case, products: Tensor | None = None
+    actual: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    case: Case,
+    products: Tensor | None = None,
+    weight_products: Tensor | None = None,
 ) -> None:
-    """Compares output and gradients; ``products`` are those of the output that have a rounded factor."""
+    """Compares output and gradients; the products of output and weight gradient are given if a factor is rounded."""
+    rounded = {"output": products, "weight": weight_products}
     taps = case.kernel[0] * case.kernel[1]
     sites = case.n * case.output_size[0] * case.output_size[1]
     from_output = case.out_channels // case.groups
@@ -70,8 +75,7 @@ def assert_all_close(
     }
     assert actual.keys() == wanted.keys()
     for name in actual:
-        rounded = products if name == "output" else None
-        assert_close(actual[name], wanted[name], terms=terms[name], products=rounded, name=name)
+        assert_close(actual[name], wanted[name], terms=terms[name], products=rounded.get(name), name=name)
 
 
 def assert_matches_reference(tensors: dict[str, Tensor], case: Case, grad_output: Tensor | None = None) -> None:

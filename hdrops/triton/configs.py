@@ -31,13 +31,13 @@ class Config:
 # memory, which every device has, and spill no register. Small tiles of pixels suit the data's gradient, which holds
 # four corners, a gradient and eight pointers for each of its elements.
 _ANY = {
-    ("forward", "half"): Config(64, 64, 64, 4, 3),
+    ("forward", "half"): Config(64, 64, 64, 4, 2),
     ("forward", "tf32"): Config(64, 16, 64, 4, 2),
-    ("forward", "float"): Config(64, 32, 64, 8, 2),
+    ("forward", "float"): Config(32, 32, 64, 4, 2),
     ("forward", "double"): Config(32, 16, 32, 8, 1),
-    ("backward_data", "half"): Config(32, 32, 64, 4, 2),
+    ("backward_data", "half"): Config(32, 16, 64, 4, 1),
     ("backward_data", "tf32"): Config(32, 32, 32, 4, 2),
-    ("backward_data", "float"): Config(32, 16, 32, 4, 2),
+    ("backward_data", "float"): Config(32, 16, 32, 4, 1),
     ("backward_data", "double"): Config(32, 16, 16, 8, 1),
     ("backward_weight", "half"): Config(64, 64, 64, 4, 2),
     ("backward_weight", "tf32"): Config(32, 64, 64, 4, 2),

@@ -279,7 +279,7 @@ def backward_data_kernel(
     """A program owns a tap of an offset group for a tile of pixels, and so those elements of grad_offset and grad_mask.
 
     It runs through the offset group's channels block by block: the samples' gradient by ``tl.dot`` over the outputs,
-    the four corners again, three differences of them summed over channels, and four atomic additions to grad_input.
+    the four corners again, the samples and their slopes summed over channels, and four atomic additions to grad_input.
     """
     program = tl.program_id(0)
     tap = program % channels.taps
@@ -299,12 +299,11 @@ def backward_data_kernel(
 
     lane, output_lane = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_O)
     out_channels = channels.groups * channels.group_outputs
-    # Sums over channels of the sample's gradient times: the top left corner, its differences to the corner below and to
-    # the one at the right, and the second difference. They lose nothing to cancellation where the image is smooth.
-    sum_corner = tl.zeros((TILE_H * TILE_W,), REAL)
+    # Sums over channels of the samples' gradient times the sample without its mask, and times its slopes.
+    sum_sample = tl.zeros((TILE_H * TILE_W,), REAL)
     sum_y = tl.zeros((TILE_H * TILE_W,), REAL)
     sum_x = tl.zeros((TILE_H * TILE_W,), REAL)
-    sum_xy = tl.zeros((TILE_H * TILE_W,), REAL)
+    y, x = cell.y[:, None], cell.x[:, None]
     for run in range(channels.offset_channels // RUN):
         run_channel = offset_group * channels.offset_channels + run * RUN
         group = run_channel // channels.group_channels
@@ -331,10 +330,10 @@ def backward_data_kernel(
                 slope = tl.dot(gradients, weights, slope, input_precision=PRECISION, out_dtype=REAL)
             if grad_offset is not None or grad_mask is not None:
                 x00, x01, x10, x11 = _corners(image, cell, channel, channel_exists, input_strides, REAL)
-                sum_corner += tl.sum(slope * x00, 1)
-                sum_y += tl.sum(slope * (x10 - x00), 1)
-                sum_x += tl.sum(slope * (x01 - x00), 1)
-                sum_xy += tl.sum(slope * ((x11 - x10) - (x01 - x00)), 1)
+                sum_y += tl.sum(slope * ((1 - x) * (x10 - x00) + x * (x11 - x01)), 1)
+                sum_x += tl.sum(slope * ((1 - y) * (x01 - x00) + y * (x11 - x10)), 1)
+                sample = (1 - y) * ((1 - x) * x00 + x * x01) + y * ((1 - x) * x10 + x * x11)
+                sum_sample += tl.sum(slope * sample, 1)
             if grad_input is not None:
                 p00, p01, p10, p11 = _corner_pointers(grad_image, cell, channel, input_strides)
                 m00, m01, m10, m11 = _corner_masks(cell, channel_exists)
@@ -345,14 +344,13 @@ def backward_data_kernel(
 
     first, pixel, plane = _site(n, offset_group, tap, row, column, geometry, channels)
     if grad_offset is not None:
-        along_y = tl.where(cell.inside, cell.modulation * (sum_y + cell.x * sum_xy), 0.0)
-        along_x = tl.where(cell.inside, cell.modulation * (sum_x + cell.y * sum_xy), 0.0)
+        along_y = tl.where(cell.inside, cell.modulation * sum_y, 0.0)
+        along_x = tl.where(cell.inside, cell.modulation * sum_x, 0.0)
         tl.store(grad_offset + 2 * first + pixel, along_y.to(grad_offset.dtype.element_ty), mask=exists)
         tl.store(grad_offset + 2 * first + plane + pixel, along_x.to(grad_offset.dtype.element_ty), mask=exists)
     if grad_mask is not None:
-        sample = sum_corner + cell.y * sum_y + cell.x * (sum_x + cell.y * sum_xy)
-        sample = tl.where(cell.inside, sample, 0.0)
-        tl.store(grad_mask + first + pixel, sample.to(grad_mask.dtype.element_ty), mask=exists)
+        along_mask = tl.where(cell.inside, sum_sample, 0.0)
+        tl.store(grad_mask + first + pixel, along_mask.to(grad_mask.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["pixel_tiles", "total_tiles", "tiles_per_split"])
