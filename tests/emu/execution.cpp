@@ -9,6 +9,10 @@
 #include <numeric>
 #include <sstream>
 
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
+
 #if EMULATOR_ASAN
 #include <sanitizer/asan_interface.h>
 #endif
@@ -82,8 +86,13 @@ uint64_t random_bits() {
 
 // One of the set bits, each as likely.
 unsigned choose_bit(uint32_t bits, uint32_t random) {
-  for (uint32_t skipped = uint64_t(random) * std::popcount(bits) >> 32; skipped > 0; --skipped) bits &= bits - 1;
+  uint32_t before = uint32_t(uint64_t(random) * unsigned(std::popcount(bits)) >> 32);
+#if defined(__BMI2__)
+  return unsigned(std::countr_zero(_pdep_u32(1u << before, bits)));
+#else
+  for (; before > 0; --before) bits &= bits - 1;
   return unsigned(std::countr_zero(bits));
+#endif
 }
 
 Thread* choose_thread(bool same_warp) {

@@ -24,8 +24,9 @@ constexpr size_t kStaggerRange = 32 << 10;
 
 }  // namespace
 
-#if defined(__x86_64__)
-// Pushes what a called function must preserve, stores the stack pointer in *from, takes `to`'s, and pops.
+#if EMULATOR_SWITCH
+// Pushes what a called function must preserve, stores the stack pointer in *from, takes `to`'s, and pops. It leaves by
+// a jump: the processor would predict a return to where this stack was called from, always wrongly.
 extern "C" void hdrops_emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -48,7 +49,8 @@ hdrops_emulator_switch:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmp *%rcx
 .size hdrops_emulator_switch, .-hdrops_emulator_switch
 )");
 #endif
@@ -68,7 +70,7 @@ void Fiber::create(void (*main)(), unsigned number) {
   mprotect(mapping_, kGuardBytes, PROT_NONE);
   stack_ = static_cast<char*>(mapping_) + kGuardBytes;
   stack_bytes_ = kStackBytes + stagger;
-#if defined(__x86_64__)
+#if EMULATOR_SWITCH
   // As if `main` had been called, with the stack aligned as a call leaves it, and had switched away at once.
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack_) + stack_bytes_);
   *--top = nullptr;  // where `main` would return to
@@ -94,7 +96,7 @@ void Fiber::switch_to(Fiber& other) {
   }
   __sanitizer_start_switch_fiber(&fake_stack_, other.stack_, other.stack_bytes_);
 #endif
-#if defined(__x86_64__)
+#if EMULATOR_SWITCH
   hdrops_emulator_switch(&stack_pointer_, other.stack_pointer_);
 #else
   swapcontext(&context_, &other.context_);
