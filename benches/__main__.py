@@ -73,6 +73,8 @@ def run(case: Case, threads: int, seconds: float) -> dict[str, dict[str, float]]
     while time.perf_counter() - begin < seconds or min(map(len, samples.values())) < 3:
         for name, function in contenders.items():
             if turn % every[name] == 0:
+                if threads > 1:  # let the last contender's waiting threads go to sleep, which would share our cores
+                    time.sleep(0.1)
                 samples[name].append(timed(function, clock))
         turn += 1
     result = {}

@@ -30,6 +30,12 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "Tensor? mask, bool fallback, bool[3] output_mask) "
       "-> (Tensor grad_stack, Tensor grad_log_exposures, Tensor grad_curve)");
 
+  // Response recovery from few samples, the folded system of solve_debevec: lower, fraction, square [B, S, P],
+  // strength [L], right and curve [B, L], solved [B].
+  m.def(
+      "_solve_few_samples(Tensor lower, Tensor? fraction, Tensor square, Tensor strength, Tensor right) "
+      "-> (Tensor curve, Tensor solved)");
+
   // Histogram features, OP-11 and OP-12.
   m.def("tent_histogram(Tensor input, int[] bins) -> Tensor");
   m.def("_tent_histogram_backward(Tensor grad_output, Tensor input, int[] bins) -> Tensor");

@@ -44,6 +44,13 @@ def _tent(levels: int) -> Tensor:
     return torch.minimum(code, levels - 1 - code)
 
 
+@pytest.fixture(params=["few", "many"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solves any samples, up to the number of codes, the way of few samples; or all the way of many."""
+    monkeypatch.setattr("hdrops.camera.debevec._FEW_SAMPLES", 256 if request.param == "few" else 0)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("weight", ["stored", "debevec"])
 def test_equals_the_gold_solution(data: Path, dtype: torch.dtype, bound: float, weight: str) -> None:
@@ -63,6 +70,7 @@ def test_equals_the_gold_solution(data: Path, dtype: torch.dtype, bound: float, 
         assert (radiance - torch.from_numpy(gold["lE"])).abs().max() < bound
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fractional", [False, True])
 def test_equals_the_dense_system(fractional: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -104,6 +112,7 @@ def test_chunks_of_samples_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(solve_debevec(codes, log_times, smoothness=2.0, levels=16), whole)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients(masked: bool) -> None:
     """Numerical derivatives of both results by codes and exposures; one masked sample is seen in no frame."""
@@ -125,6 +134,58 @@ def test_gradients(masked: bool) -> None:
     assert torch.autograd.gradcheck(
         lambda c, t: solve_debevec(c, t, smoothness=0.7, levels=8, weight=weight), (codes, log_times)
     )
+
+
+@pytest.mark.asan
+@pytest.mark.parametrize("smoothness", [1.0, 1000.0])
+@pytest.mark.parametrize("samples", [5, 70, 192])
+def test_few_and_many_samples_agree(monkeypatch: pytest.MonkeyPatch, samples: int, smoothness: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_times = torch.tensor([0.0, 0.7, 1.4, 2.1, 2.8], dtype=torch.float64)
+    radiance = torch.rand(samples, 1, 3, generator=generator, dtype=torch.float64) ** 3
+    codes = ((radiance * log_times.exp()[:, None]).clamp(0, 1) ** (1 / 2.2) * 255).round().long()
+    codes[0], mask = 255, torch.rand(codes.shape, generator=generator) < 0.1
+    few = solve_debevec(codes, log_times, smoothness=smoothness, mask=mask)
+    monkeypatch.setattr("hdrops.camera.debevec._FEW_SAMPLES", 0)
+    many = solve_debevec(codes, log_times, smoothness=smoothness, mask=mask)
+    torch.testing.assert_close(few, many, rtol=0, atol=1e-7)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_singular_system_is_an_error() -> None:
+    """Weight 0 at the codes 8 to 23 leaves nothing that holds the curve there."""
+    weight = torch.ones(32)
+    weight[8:24] = 0
+    codes = torch.tensor([[1, 3, 5], [2, 4, 6], [25, 27, 30]])
+    with pytest.raises(ValueError, match="1 of 1 systems are singular to rounding"):
+        solve_debevec(codes, torch.tensor([0.0, 1.0, 2.0]), smoothness=1.0, weight=weight, levels=32)
+
+
+@pytest.mark.parametrize("fractional", [False, True])
+def test_the_kernel_of_few_samples(fractional: bool) -> None:
+    """Registration; the same bits for any number of threads; codes outside of the curve are refused."""
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.randint(0, 255, (64, 150, 4), generator=generator)
+    fraction = torch.rand(lower.shape, generator=generator, dtype=torch.float64) if fractional else None
+    square = torch.rand(lower.shape, generator=generator, dtype=torch.float64)
+    right = torch.randn(64, 256, generator=generator, dtype=torch.float64)
+    right -= right.mean(-1, keepdim=True)
+    kernel = torch.ops.hdrops._solve_few_samples.default
+    arguments = (lower, fraction, square, torch.ones(256, dtype=torch.float64), right)
+    torch.library.opcheck(kernel, arguments)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = kernel(*arguments)
+        torch.set_num_threads(3)
+        three = kernel(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert one[1].all() and torch.equal(one[0], three[0])
+    for wrong in (-1, 255 if fractional else 256):
+        lower[3, 5, 1] = wrong
+        with pytest.raises(Exception, match=f"codes must lie in 0.*got {wrong}"):
+            kernel(*arguments)
 
 
 def test_second_order_is_refused() -> None:

@@ -41,7 +41,7 @@ void gather_codes(MergeBackward<uint8_t, Out, A>& b, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       A q = b.ws.gain[i];
       if (share != nullptr) q *= share[i];
-      bin[row[i] + (offsets ? b.ws.table_offset[i] / 2 : 0)] += q;
+      bin[row[i] + (offsets ? b.ws.code_offset[i] : 0)] += q;
     }
   }
 }
@@ -120,7 +120,7 @@ void gather_resolved(MergeBackward<T, Out, A>& b, int64_t i, A scale) {
     if (b.ws.fraction[j] == 0) continue;
     if constexpr (sizeof(T) == 1) {
       const bool offsets = p.interleaved && p.table_stride_c != 0;
-      b.ws.bin[p.frames * code_bins(p) + b.ws.row[j][i] + (offsets ? b.ws.table_offset[i] / 2 : 0)] += q;
+      b.ws.bin[p.frames * code_bins(p) + b.ws.row[j][i] + (offsets ? b.ws.code_offset[i] : 0)] += q;
     } else {
       const int32_t* offset = p.interleaved && p.curve_stride_c != 0 ? b.ws.curve_offset + i : nullptr;
       auto terms = frame_terms<T, 1>(p, b.s.curve, offset, load_reading<1, A>(b.ws.row[j] + i));

@@ -2,8 +2,9 @@
 //
 // prepare() points at the block's readings, frame after frame in order of exposure; accumulate() sums w and
 // w (ln g - ln t) over the frames; an element whose weights sum to nearly nothing goes through resolve(), alone, which
-// knows every rule: masks, NaN, clipping in every frame. 8-bit codes read both terms of a frame from a table in one
-// load; other readings are evaluated in vectors, with the same code for one lane and for many.
+// knows every rule: masks, NaN, clipping in every frame. 8-bit codes read all terms of a frame from a table in one
+// load, those of the fallback among them, which without a mask needs no resolve(). Other readings are evaluated in
+// vectors, with the same code for one lane and for many.
 namespace hdrops {
 namespace HDROPS_ISA {
 
@@ -216,7 +217,7 @@ template <class T, class A>
 void prepare_offsets(const MergeParams<A>& p, int64_t block, MergeWorkspace<T, A>& ws) {
   for (int64_t i = 0; i < block; ++i) {
     ws.curve_offset[i] = int32_t(i % p.channels * p.curve_stride_c);
-    ws.table_offset[i] = int32_t(i % p.channels * p.table_stride_c);
+    ws.code_offset[i] = int32_t(p.table_stride_c != 0 ? i % p.channels * kCodes8 : 0);
   }
 }
 
@@ -236,67 +237,129 @@ HDROPS_HD void accumulate_readings(const MergeParams<A>& p, const MergeStream<T,
   store<N>(ws.value_sum + i, values);
 }
 
-// A table's pair (w, w (ln g - ln t)) is read by one load of kPairLanes values, of which the first two count.
-template <class A>
-constexpr int kPairLanes = 16 / int(sizeof(A));
-
-// Which table a code is read in: one for all; those of three channels in turn, from a channel known to the compiler, so
-// that the channel is part of the address; or as table_offset says.
+// Which table a code is read in: one for all; those of three channels in turn, from a channel known to the compiler; or
+// as code_offset says.
 constexpr int kOneTable = -1, kAnyChannels = 3;
 
-// Sums of kGroup 8-bit codes from i: as many accumulators stay in registers while the frames go by.
+// Adds a frame's terms of kGroup 8-bit codes from i, one load each.
 template <int kGroup, int kChannel, bool kShares, class A>
-HDROPS_HD void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
-                                MergeWorkspace<uint8_t, A>& ws, int64_t i) {
-  constexpr int L = kPairLanes<A>;
-  vec<A, L> sums[kGroup] = {};
-  const A* table = s.table;
-  for (int64_t j = 0; j < p.frames; ++j, table += p.table_stride_p) {
-    const uint8_t* row = ws.ordered_row[j] + i;
-    for (int k = 0; k < kGroup; ++k) {
-      const A* pair = table + 2 * int64_t(row[k]);
-      if constexpr (kChannel == kAnyChannels) {
-        pair += ws.table_offset[i + k];
-      } else if constexpr (kChannel != kOneTable) {
-        pair += (kChannel + k) % 3 * 2 * kCodes8;
-      }
-      vec<A, L> terms = load<L>(pair);
-      if constexpr (kShares) terms *= ws.ordered_share[j][i + k];
-      sums[k] += terms;
-    }
-  }
+HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                                  const MergeWorkspace<uint8_t, A>& ws, int64_t j, int64_t i,
+                                  vec<A, kCodeTerms> (&sums)[kGroup]) {
+  const A* table = s.table + j * kCodeTerms * kCodes8;
+  const uint8_t* row = ws.ordered_row[j] + i;
   for (int k = 0; k < kGroup; ++k) {
-    ws.weight_sum[i + k] = sums[k][0];
-    ws.value_sum[i + k] = sums[k][1];
+    const A* entry = table + kCodeTerms * int64_t(row[k]);
+    if constexpr (kChannel == kAnyChannels) {
+      entry += ws.code_offset[i + k] * (kCodeTerms * p.frames);
+    } else if constexpr (kChannel != kOneTable) {
+      entry += (kChannel + k) % 3 * p.table_stride_c;
+    }
+    vec<A, kCodeTerms> terms = load<kCodeTerms>(entry);
+    if constexpr (kShares) terms *= ws.ordered_share[j][i + k];
+    sums[k] += terms;
   }
 }
 
-template <bool kShares, class A>
-void accumulate_all_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+// Sums over the frames; of a number known to the compiler (kFrames) unrolled, which is twice as fast, else 0.
+template <int kFrames, int kGroup, int kChannel, bool kShares, class A>
+HDROPS_HD void sum_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                         const MergeWorkspace<uint8_t, A>& ws, int64_t i, vec<A, kCodeTerms> (&sums)[kGroup]) {
+  if constexpr (kFrames > 0) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kFrames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
+  } else {
+    for (int64_t j = 0; j < p.frames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
+  }
+}
+
+// Of N codes that no mask weighs: the weighted mean or, by fallback, the estimate of the one frame that
+// MergePlan::tabulate left the greater.
+template <int N, class A>
+HDROPS_HD vec<A, N> log_radiance_of_terms(const MergeParams<A>& p, vec<A, N> weight, vec<A, N> value,
+                                          vec<A, N> shortest, vec<A, N> longest) {
+  const vec<A, N> least = splat<N>(p.fallback ? A(kNoWeight) : A(-1));
+  vec<A, N> mean = value / (weight + A(kMergeEpsilon));
+  return weight <= least ? vmax(shortest, longest) : mean;
+}
+
+template <class A>
+HDROPS_HD void store_log_radiance(const MergeParams<A>& p, const vec<A, kCodeTerms> (&sums)[1], A* target) {
+  const vec<A, kCodeTerms> t = sums[0];
+  store<1>(target, log_radiance_of_terms<1>(p, splat<1>(t[0]), splat<1>(t[1]), splat<1>(t[2]), splat<1>(t[3])));
+}
+
+// The same of eight: elements k and k + 4 side by side, then transposed in each half.
+template <class A>
+HDROPS_HD void store_log_radiance(const MergeParams<A>& p, const vec<A, kCodeTerms> (&sums)[8], A* target) {
+  auto t0 = __builtin_shufflevector(sums[0], sums[4], 0, 1, 2, 3, 4, 5, 6, 7);
+  auto t1 = __builtin_shufflevector(sums[1], sums[5], 0, 1, 2, 3, 4, 5, 6, 7);
+  auto t2 = __builtin_shufflevector(sums[2], sums[6], 0, 1, 2, 3, 4, 5, 6, 7);
+  auto t3 = __builtin_shufflevector(sums[3], sums[7], 0, 1, 2, 3, 4, 5, 6, 7);
+  auto low01 = __builtin_shufflevector(t0, t1, 0, 8, 1, 9, 4, 12, 5, 13);
+  auto low23 = __builtin_shufflevector(t2, t3, 0, 8, 1, 9, 4, 12, 5, 13);
+  auto high01 = __builtin_shufflevector(t0, t1, 2, 10, 3, 11, 6, 14, 7, 15);
+  auto high23 = __builtin_shufflevector(t2, t3, 2, 10, 3, 11, 6, 14, 7, 15);
+  vec<A, 8> weight = __builtin_shufflevector(low01, low23, 0, 1, 8, 9, 4, 5, 12, 13);
+  vec<A, 8> value = __builtin_shufflevector(low01, low23, 2, 3, 10, 11, 6, 7, 14, 15);
+  vec<A, 8> shortest = __builtin_shufflevector(high01, high23, 0, 1, 8, 9, 4, 5, 12, 13);
+  vec<A, 8> longest = __builtin_shufflevector(high01, high23, 2, 3, 10, 11, 6, 7, 14, 15);
+  store<8>(target, log_radiance_of_terms<8>(p, weight, value, shortest, longest));
+}
+
+// What a block's sums become: themselves, without and with a mask's shares, or ln E where there is no mask.
+enum class CodeResult { sums, shared_sums, log_radiance };
+
+template <CodeResult kResult, int kFrames, int kGroup, int kChannel, class A>
+HDROPS_HD void merge_group(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                           int64_t i) {
+  vec<A, kCodeTerms> sums[kGroup] = {};
+  sum_codes<kFrames, kGroup, kChannel, kResult == CodeResult::shared_sums>(p, s, ws, i, sums);
+  if constexpr (kResult == CodeResult::log_radiance) {
+    store_log_radiance(p, sums, ws.log_radiance + i);
+  } else {
+    for (int k = 0; k < kGroup; ++k) {
+      ws.weight_sum[i + k] = sums[k][0];
+      ws.value_sum[i + k] = sums[k][1];
+    }
+  }
+}
+
+template <CodeResult kResult, int kFrames, class A>
+void merge_codes_unrolled(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
                           int64_t count) {
   int64_t i = 0;
   if (!p.interleaved || p.table_stride_c == 0) {
-    for (; i + 8 <= count; i += 8) accumulate_codes<8, kOneTable, kShares>(p, s, ws, i);
-    for (; i < count; ++i) accumulate_codes<1, kOneTable, kShares>(p, s, ws, i);
+    for (; i + 8 <= count; i += 8) merge_group<kResult, kFrames, 8, kOneTable>(p, s, ws, i);
+    for (; i < count; ++i) merge_group<kResult, 0, 1, kOneTable>(p, s, ws, i);
     return;
   }
   if (p.channels == 3) {
     for (; i + 24 <= count; i += 24) {
-      accumulate_codes<8, 0, kShares>(p, s, ws, i);
-      accumulate_codes<8, 2, kShares>(p, s, ws, i + 8);
-      accumulate_codes<8, 1, kShares>(p, s, ws, i + 16);
+      merge_group<kResult, kFrames, 8, 0>(p, s, ws, i);
+      merge_group<kResult, kFrames, 8, 2>(p, s, ws, i + 8);
+      merge_group<kResult, kFrames, 8, 1>(p, s, ws, i + 16);
     }
   }
-  for (; i + 8 <= count; i += 8) accumulate_codes<8, kAnyChannels, kShares>(p, s, ws, i);
-  for (; i < count; ++i) accumulate_codes<1, kAnyChannels, kShares>(p, s, ws, i);
+  for (; i + 8 <= count; i += 8) merge_group<kResult, 0, 8, kAnyChannels>(p, s, ws, i);
+  for (; i < count; ++i) merge_group<kResult, 0, 1, kAnyChannels>(p, s, ws, i);
+}
+
+template <CodeResult kResult, class A>
+void merge_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                 int64_t count) {
+  if (p.frames == 3) return merge_codes_unrolled<kResult, 3>(p, s, ws, count);
+  if (p.frames == 4) return merge_codes_unrolled<kResult, 4>(p, s, ws, count);
+  if (p.frames == 5) return merge_codes_unrolled<kResult, 5>(p, s, ws, count);
+  merge_codes_unrolled<kResult, 0>(p, s, ws, count);
 }
 
 // Sums of a prepared block.
 template <class T, class A>
 void accumulate(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
   if constexpr (sizeof(T) == 1) {
-    p.mask_kind != MergeMask::none ? accumulate_all_codes<true>(p, s, ws, count)
-                                   : accumulate_all_codes<false>(p, s, ws, count);
+    p.mask_kind != MergeMask::none ? merge_codes<CodeResult::shared_sums>(p, s, ws, count)
+                                   : merge_codes<CodeResult::sums>(p, s, ws, count);
   } else {
     constexpr int N = kLanes<A>;
     int64_t i = 0;
@@ -391,6 +454,19 @@ bool log_radiance_of_sums(const A* weight_sum, const A* value_sum, A* log_radian
     log_radiance[i] = value_sum[i] / (weight_sum[i] + A(kMergeEpsilon));
   }
   return smallest <= A(kNoWeight);
+}
+
+// ln E of a prepared block.
+template <class T, class A>
+void merge_block(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
+  if constexpr (sizeof(T) == 1) {
+    if (p.mask_kind == MergeMask::none) return merge_codes<CodeResult::log_radiance>(p, s, ws, count);
+  }
+  accumulate(p, s, ws, count);
+  if (!log_radiance_of_sums(ws.weight_sum, ws.value_sum, ws.log_radiance, count)) return;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ws.weight_sum[i] <= A(kNoWeight)) ws.log_radiance[i] = resolve(p, s, ws, i);
+  }
 }
 
 }  // namespace HDROPS_ISA

@@ -34,12 +34,7 @@ void merge_forward_tasks(const MergeParams<A>& p, const MergeTasks& tasks, int64
     for (; begin < end; begin += block) {
       const int64_t count = end - begin < block ? end - begin : block;
       prepare(p, s, begin, block, count, ws);
-      accumulate(p, s, ws, count);
-      if (log_radiance_of_sums(ws.weight_sum, ws.value_sum, ws.log_radiance, count)) {
-        for (int64_t i = 0; i < count; ++i) {
-          if (ws.weight_sum[i] <= A(kNoWeight)) ws.log_radiance[i] = resolve(p, s, ws, i);
-        }
-      }
+      merge_block(p, s, ws, count);
       Out* target = output + stream * tasks.stream_length + begin;
       int64_t i = 0;
       for (; i + N <= count; i += N) store_radiance<N, A>(target + i, load<N>(ws.log_radiance + i));

@@ -17,6 +17,17 @@ double at_code(const A* table, int64_t length, int code) {
   return between(table[place.lower], table[place.upper], place.fraction);
 }
 
+// The terms by which the sums over the frames hold the estimates of the shortest and the longest frame, the one that
+// the middle frame's code decides against pushed far below the other.
+template <class A>
+void fallback_terms(int64_t frames, int64_t rank, int code, A value, A* terms) {
+  constexpr A saturated = 1e4, excluded = -1e30;  // exp is at its end long before either
+  const bool bright = code > (kCodes8 - 1) / 2, decides = rank == (frames - 1) / 2;
+  value = std::clamp(value, -saturated, saturated);
+  terms[0] = (rank == 0 ? value : A(0)) + (decides && !bright ? excluded : A(0));
+  terms[1] = (rank == frames - 1 ? value : A(0)) + (decides && bright ? excluded : A(0));
+}
+
 }  // namespace
 
 template <class A>
@@ -84,26 +95,25 @@ void MergePlan<A>::tabulate(MergeParams<A>& params, int64_t exposure_images, int
   params.log_curve_stride_c = curve_channels > 1 ? kCodes8 : 0;
 
   int64_t images = std::max(exposure_images, curve_images);
-  params.table_stride_c = curve_channels > 1 ? 2 * kCodes8 : 0;
-  params.table_stride_p = 2 * kCodes8 * curve_channels;
-  int64_t image_size = params.frames * params.table_stride_p;
+  const int64_t channel_size = params.frames * kCodes8 * kCodeTerms, image_size = curve_channels * channel_size;
+  params.table_stride_c = curve_channels > 1 ? channel_size : 0;
   params.table_stride_n = images > 1 ? image_size : 0;
-  table_ = std::make_unique<Scratch<A>>(images * image_size + 2);  // the kernel reads one pair beyond the last
-  A* pair = table_->get();
+  table_ = std::make_unique<Scratch<A>>(images * image_size);
+  A* terms = table_->get();
   for (int64_t n = 0; n < images; ++n) {
     const A* log_exposures = params.log_exposures + n * params.exposure_stride_n;
-    for (int64_t j = 0; j < params.frames; ++j) {
-      for (int64_t c = 0; c < curve_channels; ++c) {
-        const A* log_curve = params.log_curve + n * params.log_curve_stride_n + c * params.log_curve_stride_c;
-        for (int z = 0; z < kCodes8; ++z, pair += 2) {
-          A w = params.code_weight[z];
-          pair[0] = w;
-          pair[1] = w != 0 ? w * (log_curve[z] - log_exposures[j]) : A(0);  // a code never used may have g = inf
+    for (int64_t c = 0; c < curve_channels; ++c) {
+      const A* log_curve = params.log_curve + n * params.log_curve_stride_n + c * params.log_curve_stride_c;
+      for (int64_t j = 0; j < params.frames; ++j) {
+        for (int z = 0; z < kCodes8; ++z, terms += kCodeTerms) {
+          A w = params.code_weight[z], value = log_curve[z] - log_exposures[j];
+          terms[0] = w;
+          terms[1] = w != 0 ? w * value : A(0);  // a code never used may have g = inf
+          fallback_terms(params.frames, j, z, value, terms + 2);
         }
       }
     }
   }
-  pair[0] = pair[1] = 0;
   params.table = table_->get();
 }
 

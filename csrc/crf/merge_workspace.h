@@ -30,7 +30,7 @@ class MergeWorkspace {
     fraction = gain + block;
     rank = indices_.get();
     curve_offset = rank + frames;
-    table_offset = curve_offset + block;
+    code_offset = curve_offset + block;
     bin = bins_.get();
   }
 
@@ -50,7 +50,7 @@ class MergeWorkspace {
   A* fraction;            // [P], of one element: d ln E / d (ln g - ln t) of each frame
   int32_t* rank;          // [P]
   int32_t* curve_offset;  // [B], of each element's channel in an interleaved stream
-  int32_t* table_offset;  // [B]
+  int32_t* code_offset;   // [B]
   double* bin;
 
  private:

@@ -13,8 +13,9 @@
 //     at a time, and scatters it in order. With moderate offsets there is nothing left to do.
 //   * Weight and bias gradients collect in one partial sum per chunk of bands, added up in order at the end.
 //
-// The accumulator is grad_input itself if that is float or double, channels last and in whole vectors. Memory of a
-// thread: rows * (outputs + 2 * column_stride) reals, 0.2 MB for 64 channels; a partial sum is as large as the weight.
+// The accumulator is grad_input itself if that is float or double, channels last and in whole vectors and one offset
+// group. Memory of a thread: rows * (outputs + 2 * column_stride) reals, 0.2 MB for 64 channels; a partial sum is as
+// large as the weight.
 #include "common/gemm.h"
 #include "deform_conv2d/plan.h"
 
@@ -52,15 +53,15 @@ struct FarSamples {
 };
 static_assert(kMaxTile <= 128);
 
-// dots[k][i] = <image[corner k of row i], gradient[i]> over the channels of one offset group.
+// dots[k][i] = <plane[corner k of row i], gradient[i]> over the channels of one offset group.
 template <int kWidth, class T, class Index, class Real>
-void dot_vectors(const T* image, const Plan<Real, Index>& plan, int64_t rows, int64_t width, const Real* gradient,
+void dot_vectors(const T* plane, const Plan<Real, Index>& plan, int64_t rows, int64_t width, const Real* gradient,
                  int64_t stride, Real (*dots)[kMaxTile]) {
   for (int64_t i = 0; i < rows; ++i, gradient += stride) {
     vec<Real, kWidth> sum00{}, sum01{}, sum10{}, sum11{};
     if (plan.corner[0][i] >= 0) {
-      const T *x00 = image + plan.corner[0][i], *x01 = image + plan.corner[1][i];
-      const T *x10 = image + plan.corner[2][i], *x11 = image + plan.corner[3][i];
+      const T *x00 = plane + plan.corner[0][i], *x01 = plane + plan.corner[1][i];
+      const T *x10 = plane + plan.corner[2][i], *x11 = plane + plan.corner[3][i];
       for (int64_t c = 0; c < width; c += kWidth) {
         auto g = load<kWidth>(gradient + c);
         sum00 += g * load_wide<kWidth>(x00 + c);
@@ -73,9 +74,9 @@ void dot_vectors(const T* image, const Plan<Real, Index>& plan, int64_t rows, in
   }
 }
 
-// image[corner k of row i] += weight[k][i] * gradient[i] where the row may be written; returns the rows left out.
+// plane[corner k of row i] += weight[k][i] * gradient[i] where the row may be written; returns the rows left out.
 template <int kWidth, class Index, class Real>
-FarSamples scatter_vectors(Real* image, const Plan<Real, Index>& plan, int64_t rows, int64_t width,
+FarSamples scatter_vectors(Real* plane, const Plan<Real, Index>& plan, int64_t rows, int64_t width,
                            const Real* gradient, int64_t stride) {
   FarSamples far{};
   for (int64_t i = 0; i < rows; ++i, gradient += stride) {
@@ -83,8 +84,8 @@ FarSamples scatter_vectors(Real* image, const Plan<Real, Index>& plan, int64_t r
       far.bits[i / 64] |= uint64_t(plan.corner[0][i] >= 0) << (i % 64);
       continue;
     }
-    Real *x00 = image + plan.corner[0][i], *x01 = image + plan.corner[1][i];
-    Real *x10 = image + plan.corner[2][i], *x11 = image + plan.corner[3][i];
+    Real *x00 = plane + plan.corner[0][i], *x01 = plane + plan.corner[1][i];
+    Real *x10 = plane + plan.corner[2][i], *x11 = plane + plan.corner[3][i];
     auto w00 = splat<kWidth>(plan.weight[0][i]), w01 = splat<kWidth>(plan.weight[1][i]);
     auto w10 = splat<kWidth>(plan.weight[2][i]), w11 = splat<kWidth>(plan.weight[3][i]);
     for (int64_t c = 0; c < width; c += kWidth) {  // one corner after the other: at the border two may be the same
@@ -99,25 +100,25 @@ FarSamples scatter_vectors(Real* image, const Plan<Real, Index>& plan, int64_t r
 }
 
 template <class T, class Index, class Real>
-void dot(const Channels& channels, const T* image, const Plan<Real, Index>& plan, int64_t rows, const Real* gradient,
+void dot(const Channels& channels, const T* plane, const Plan<Real, Index>& plan, int64_t rows, const Real* gradient,
          int64_t stride, Real (*dots)[kMaxTile]) {
   constexpr int full = kLanes<Real>, half = full / 2;
   if (channels.lanes == full) {
-    dot_vectors<full>(image, plan, rows, channels.padded, gradient, stride, dots);
+    dot_vectors<full>(plane, plan, rows, channels.padded, gradient, stride, dots);
   } else if (channels.lanes == half) {
-    dot_vectors<half>(image, plan, rows, channels.padded, gradient, stride, dots);
+    dot_vectors<half>(plane, plan, rows, channels.padded, gradient, stride, dots);
   } else {
-    dot_vectors<1>(image, plan, rows, channels.padded, gradient, stride, dots);
+    dot_vectors<1>(plane, plan, rows, channels.padded, gradient, stride, dots);
   }
 }
 
 template <class Index, class Real>
-FarSamples scatter(const Channels& channels, Real* image, const Plan<Real, Index>& plan, int64_t rows,
+FarSamples scatter(const Channels& channels, Real* plane, const Plan<Real, Index>& plan, int64_t rows,
                    const Real* gradient, int64_t stride) {
   constexpr int full = kLanes<Real>, half = full / 2;
-  if (channels.lanes == full) return scatter_vectors<full>(image, plan, rows, channels.padded, gradient, stride);
-  if (channels.lanes == half) return scatter_vectors<half>(image, plan, rows, channels.padded, gradient, stride);
-  return scatter_vectors<1>(image, plan, rows, channels.padded, gradient, stride);
+  if (channels.lanes == full) return scatter_vectors<full>(plane, plan, rows, channels.padded, gradient, stride);
+  if (channels.lanes == half) return scatter_vectors<half>(plane, plan, rows, channels.padded, gradient, stride);
+  return scatter_vectors<1>(plane, plan, rows, channels.padded, gradient, stride);
 }
 
 template <class T, class Index>
@@ -134,7 +135,7 @@ struct Backward {
 
   const T* input;    // packed
   Real* weight;      // packed [group][tap][panel of the group's range][output][kPanel]
-  Real* grad_image;  // [N, H, W, channels.total]
+  Real* grad_image;  // [N], each like the packed input
   Real* partial;     // per chunk [row][padded output], then [bias]
   FarSamples* far;   // [image][band][tile][offset group][tap]
   Real* scratch;     // per slot: grad_output, columns' gradient, columns
@@ -172,10 +173,7 @@ struct Backward {
   }
 
   Tile tile_of(int64_t image, int64_t band, int64_t index) const {
-    int64_t begin = bands.begin(params, band) * params.out_width,
-            end = bands.begin(params, band + 1) * params.out_width;
-    int64_t first = begin + index * tiling.rows;
-    return {image, first, first < end ? smaller(end - first, tiling.rows) : 0};
+    return tile_at(params, tiling, image, bands.begin(params, band), bands.begin(params, band + 1), index);
   }
   FarSamples* far_of(int64_t image, int64_t band, int64_t index) const {
     return far + ((image * bands.per_image + band) * tiles_per_band + index) * params.offset_groups * params.taps();
@@ -207,39 +205,42 @@ struct Backward {
     const Params& p = params;
     int64_t pixels = p.out_pixels();
     const T* source = static_cast<const T*>(p.grad_output) + tile.image * p.out_channels * pixels;
-    if (tile.count < tiling.rows || tiling.padded_outputs != tiling.group_outputs) {
-      __builtin_memset(grad, 0, size_t(tiling.rows * tiling.outputs) * sizeof(Real));
+    if (tile.count() < tile.rows() || tiling.padded_outputs != tiling.group_outputs) {
+      __builtin_memset(grad, 0, size_t(tile.rows() * tiling.outputs) * sizeof(Real));
     }
-    for (int64_t group = 0; group < p.groups; ++group, grad += tiling.padded_outputs) {
-      int64_t first_output = group * tiling.group_outputs;
-      if (p.channels_last) {
-        const T* pixel = source + tile.first * p.out_channels + first_output;
-        for (int64_t i = 0; i < tile.count; ++i) {
-          read_row(pixel + i * p.out_channels, tiling.group_outputs, grad + i * tiling.outputs);
+    for (int64_t row = 0; row < tile.height; ++row) {
+      for (int64_t group = 0; group < p.groups; ++group) {
+        int64_t first_output = group * tiling.group_outputs;
+        Real* target = grad + row * tile.width * tiling.outputs + group * tiling.padded_outputs;
+        if (p.channels_last) {
+          const T* pixel = source + tile.pixel(p, row) * p.out_channels + first_output;
+          for (int64_t i = 0; i < tile.width; ++i) {
+            read_row(pixel + i * p.out_channels, tiling.group_outputs, target + i * tiling.outputs);
+          }
+        } else {
+          transpose(source + first_output * pixels + tile.pixel(p, row), pixels, target, tiling.outputs,
+                    tiling.group_outputs, tile.width);
         }
-      } else {
-        transpose(source + first_output * pixels + tile.first, pixels, grad, tiling.outputs, tiling.group_outputs,
-                  tile.count);
       }
     }
   }
 
-  void add_bias_gradient(const Real* grad, Real* sums) const {
+  void add_bias_gradient(int64_t rows, const Real* grad, Real* sums) const {
     constexpr int lanes = kLanes<Real>;
     for (int64_t o = 0; o < tiling.outputs; o += lanes) {
       vec<Real, lanes> sum{};
-      for (int64_t i = 0; i < tiling.rows; ++i) sum += load<lanes>(grad + i * tiling.outputs + o);
+      for (int64_t i = 0; i < rows; ++i) sum += load<lanes>(grad + i * tiling.outputs + o);
       store<lanes>(sums + o, load<lanes>(sums + o) + sum);
     }
   }
 
   // columns[i, tap, c] = sum over outputs of grad[i, output] * weight[output, c, tap]. A product's overshoot is
   // overwritten by the next one, or lands in the row's slack.
-  void columns_gradient(const Real* grad, int64_t first_tap, int64_t taps, Real* columns) const {
+  void columns_gradient(int64_t rows, const Real* grad, int64_t first_tap, int64_t taps, Real* columns) const {
     for (int64_t tap = 0; tap < taps; ++tap) {
       for (int64_t group = 0; group < params.groups; ++group) {
         GemmShape shape{};
-        shape.rows = tiling.rows, shape.columns = range(group), shape.depth = tiling.group_outputs, shape.segments = 1;
+        shape.rows = rows, shape.columns = range(group), shape.depth = tiling.group_outputs, shape.segments = 1;
         shape.a_stride = tiling.outputs;
         shape.b_stride = kPanel<Real>, shape.b_panel = panel_size();
         shape.c_stride = tiling.column_stride;
@@ -250,13 +251,14 @@ struct Backward {
   }
 
   // sums[c, tap, output] += sum over pixels of columns[i, tap, c] * grad[i, output].
-  void add_weight_gradient(const Real* columns, const Real* grad, int64_t first_tap, int64_t taps, Real* sums) const {
+  void add_weight_gradient(int64_t pixels, const Real* columns, const Real* grad, int64_t first_tap, int64_t taps,
+                           Real* sums) const {
     bool whole = params.groups == 1;
     for (int64_t tap = 0; tap < (whole ? 1 : taps); ++tap) {
       for (int64_t group = 0; group < params.groups; ++group) {
         GemmShape shape{};
         shape.rows = round_up<int64_t>(whole ? taps * channels.total : range(group), kGemmRows);
-        shape.columns = tiling.padded_outputs, shape.depth = tiling.rows, shape.segments = 1;
+        shape.columns = tiling.padded_outputs, shape.depth = pixels, shape.segments = 1;
         shape.a_stride = tiling.column_stride;
         shape.b_stride = tiling.outputs, shape.b_panel = kPanel<Real>;
         shape.c_stride = tiling.padded_outputs;
@@ -277,7 +279,7 @@ struct Backward {
     const auto rows = splat<lanes>(cell_t<T>(p.height)), columns = splat<lanes>(cell_t<T>(p.width));
     const vec<Real, lanes> zero{};
     Real grad_y[kMaxTile], grad_x[kMaxTile], grad_mask[kMaxTile];
-    for (int64_t i = 0; i < tile.count; i += lanes) {
+    for (int64_t i = 0; i < tile.count(); i += lanes) {
       auto y = load<lanes>(plan.y + i), x = load<lanes>(plan.x + i), mask = load<lanes>(plan.mask + i);
       auto inside = inside_grid(y, height) & inside_grid(x, width);
       auto v = sample_axis<vec<Real, lanes>, Cells>(inside ? y : zero, rows);
@@ -294,13 +296,12 @@ struct Backward {
       store<lanes>(grad_mask + i, inside ? dm : zero);
     }
     if (p.grad_offset != nullptr) {
-      int64_t at = offset_row(p, tile.image, offset_group, tap) + tile.first;
-      write_row_of<T>(grad_y, tile.count, p.grad_offset, p.offset_is_float, at);
-      write_row_of<T>(grad_x, tile.count, p.grad_offset, p.offset_is_float, at + p.out_pixels());
+      int64_t plane = offset_row(p, tile.image, offset_group, tap);
+      write_tile<T>(p, tile, grad_y, p.grad_offset, p.offset_is_float, plane);
+      write_tile<T>(p, tile, grad_x, p.grad_offset, p.offset_is_float, plane + p.out_pixels());
     }
     if (p.grad_mask != nullptr) {
-      int64_t at = mask_row(p, tile.image, offset_group, tap) + tile.first;
-      write_row_of<T>(grad_mask, tile.count, p.grad_mask, p.mask_is_float, at);
+      write_tile<T>(p, tile, grad_mask, p.grad_mask, p.mask_is_float, mask_row(p, tile.image, offset_group, tap));
     }
   }
 
@@ -309,34 +310,33 @@ struct Backward {
     Real* grad = memory;
     Real* gradient = grad + tiling.rows * tiling.outputs;
     Real* columns = gradient + tiling.rows * tiling.column_stride;
-    int64_t plane = p.height * p.width * channels.total, stride = tiling.column_stride;
+    int64_t stride = tiling.column_stride;
     load_grad_output(tile, grad);
-    if (p.grad_bias != nullptr) add_bias_gradient(grad, sums + partial_rows * tiling.padded_outputs);
+    if (p.grad_bias != nullptr) add_bias_gradient(tile.rows(), grad, sums + partial_rows * tiling.padded_outputs);
     Anchors<Real> anchors;
     anchors.set(p, tile);
     Plan<Real, Index> plan;
     Real dots[4][kMaxTile];
     for (int64_t first_tap = 0; first_tap < p.taps(); first_tap += tiling.taps) {
       int64_t taps = smaller(p.taps() - first_tap, tiling.taps);
-      if (columns_gradient_wanted()) columns_gradient(grad, first_tap, taps, gradient);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        for (int64_t group = 0; group < p.offset_groups; ++group) {
+      if (columns_gradient_wanted()) columns_gradient(tile.rows(), grad, first_tap, taps, gradient);
+      for (int64_t group = 0; group < p.offset_groups; ++group) {
+        const int64_t plane = tile.image * channels.image() + group * channels.plane;
+        for (int64_t tap = 0; tap < taps; ++tap) {
           int64_t at = tap * channels.total + group * channels.padded;
-          const T* image = input + tile.image * plane + group * channels.padded;
-          make_plan<T>(p, channels, tile, anchors, window, group, first_tap + tap, tiling.rows, plan);
-          if (p.grad_weight != nullptr) gather(channels, image, plan, tiling.rows, columns + at, stride);
+          make_plan<T>(p, channels, tile, anchors, window, group, first_tap + tap, plan);
+          if (p.grad_weight != nullptr) gather(channels, input + plane, plan, tile.rows(), columns + at, stride);
           if (p.grad_offset != nullptr || p.grad_mask != nullptr) {
-            dot(channels, image, plan, tile.count, gradient + at, stride, dots);
+            dot(channels, input + plane, plan, tile.count(), gradient + at, stride, dots);
             store_offset_gradients(tile, group, first_tap + tap, plan, dots);
           }
           if (p.grad_input != nullptr) {
-            Real* target = grad_image + tile.image * plane + group * channels.padded;
             left_out[group * p.taps() + first_tap + tap] =
-                scatter(channels, target, plan, tile.count, gradient + at, stride);
+                scatter(channels, grad_image + plane, plan, tile.count(), gradient + at, stride);
           }
         }
       }
-      if (p.grad_weight != nullptr) add_weight_gradient(columns, grad, first_tap, taps, sums);
+      if (p.grad_weight != nullptr) add_weight_gradient(tile.rows(), columns, grad, first_tap, taps, sums);
     }
   }
 
@@ -349,7 +349,7 @@ struct Backward {
       Window window = self.bands.window(self.params, band);
       for (int64_t index = 0; index < self.tiles_per_band; ++index) {
         Tile tile = self.tile_of(image, band, index);
-        if (tile.count == 0) break;
+        if (tile.height == 0) break;
         self.run_tile(tile, window, self.far_of(image, band, index), self.scratch + slot * self.scratch_size,
                       self.partial + chunk * self.partial_size);
       }
@@ -363,7 +363,7 @@ struct Backward {
     Real y[kMaxTile], x[kMaxTile], mask[kMaxTile];
   };
 
-  // Scatters a batch's share of one panel of channels, given as a range of packed channels.
+  // Scatters a batch's share of one panel of channels, given as a range of a column's channels in one offset group.
   void scatter_batch(const Batch& batch, int64_t image, int64_t group, int64_t panel, int64_t tap, int64_t first,
                      int64_t last, Real* grad, Real* gradient) const {
     const Params& p = params;
@@ -381,18 +381,21 @@ struct Backward {
     shape.depth = shape.a_stride = tiling.group_outputs;
     shape.b_stride = shape.c_stride = kPanel<Real>;
     gemm<Real, false, false>(shape, grad, weight_of(group, tap) + panel * panel_size(), gradient);
-    int64_t origin = channels.begin(group) + panel * kPanel<Real>;
+    int64_t origin = channels.begin(group) + panel * kPanel<Real>, offset_group = first / channels.padded;
+    int64_t first_of_group = offset_group * channels.padded;
+    Real* plane = grad_image + image * channels.image() + offset_group * channels.plane;
     for (int64_t i = 0; i < batch.count; ++i) {
       auto v = sample_axis(batch.y[i], cell_t<T>(p.height)), h = sample_axis(batch.x[i], cell_t<T>(p.width));
-      Real* rows[2] = {grad_image + (image * p.height + v.low) * p.width * channels.total,
-                       grad_image + (image * p.height + v.high) * p.width * channels.total};
+      int64_t rows[2] = {v.low * p.width * channels.padded, v.high * p.width * channels.padded};
       Real row_weight[2] = {batch.mask[i] * v.weight_low, batch.mask[i] * v.weight_high};
-      int64_t column[2] = {h.low * channels.total, h.high * channels.total};
+      int64_t column[2] = {h.low * channels.padded, h.high * channels.padded};
       Real column_weight[2] = {h.weight_low, h.weight_high};
       for (int corner = 0; corner < 4; ++corner) {
-        Real* target = rows[corner / 2] + column[corner % 2];
+        Real* target = plane + rows[corner / 2] + column[corner % 2];
         Real weight = row_weight[corner / 2] * column_weight[corner % 2];
-        for (int64_t c = first; c < last; ++c) target[c] += weight * gradient[i * kPanel<Real> + c - origin];
+        for (int64_t c = first; c < last; ++c) {
+          target[c - first_of_group] += weight * gradient[i * kPanel<Real> + c - origin];
+        }
       }
     }
   }
@@ -418,12 +421,12 @@ struct Backward {
         for (int64_t band = 0; band < self.bands.per_image; ++band) {
           for (int64_t index = 0; index < self.tiles_per_band; ++index) {
             Tile tile = self.tile_of(image, band, index);
-            if (tile.count == 0) break;
+            if (tile.height == 0) break;
             const FarSamples& samples = self.far_of(image, band, index)[offset_group * p.taps() + tap];
             if ((samples.bits[0] | samples.bits[1]) == 0) continue;
-            for (int64_t i = 0; i < tile.count; ++i) {
+            for (int64_t i = 0; i < tile.count(); ++i) {
               if ((samples.bits[i / 64] >> (i % 64) & 1) == 0) continue;
-              self.add_to_batch(image, offset_group, tap, tile.first + i, batch);
+              self.add_to_batch(image, offset_group, tap, tile.pixel(p, i / tile.width) + i % tile.width, batch);
               if (batch.count < self.tiling.rows) continue;
               self.scatter_batch(batch, image, group, panel, tap, first, last, grad, gradient);
               batch.count = 0;
@@ -439,12 +442,10 @@ struct Backward {
     const Params& p = params;
     int64_t i = batch.count++, at = offset_row(p, image, offset_group, tap) + pixel;
     batch.pixel[i] = pixel;
-    batch.mask[i] = 1;
-    read_row_of<T>(p.offset, p.offset_is_float, at, 1, batch.y + i);
-    read_row_of<T>(p.offset, p.offset_is_float, at + p.out_pixels(), 1, batch.x + i);
-    if (p.mask != nullptr) {
-      read_row_of<T>(p.mask, p.mask_is_float, mask_row(p, image, offset_group, tap) + pixel, 1, batch.mask + i);
-    }
+    const PlaneReader<T, Real> offsets{p.offset, p.offset_is_float}, masks{p.mask, p.mask_is_float};
+    batch.y[i] = offsets.template load_at<1>(at, 1)[0];
+    batch.x[i] = offsets.template load_at<1>(at + p.out_pixels(), 1)[0];
+    batch.mask[i] = masks.template load_at<1>(mask_row(p, image, offset_group, tap) + pixel, 1)[0];
     batch.y[i] += Real(pixel / p.out_width * p.stride_h - p.pad_h) + Real(tap / p.kernel_w * p.dilation_h);
     batch.x[i] += Real(pixel % p.out_width * p.stride_w - p.pad_w) + Real(tap % p.kernel_w * p.dilation_w);
   }
@@ -494,14 +495,14 @@ struct UnpackGradient {
     const Channels& channels = self.channels;
     int64_t pixels = p.height * p.width, image = unit / self.blocks, first = unit % self.blocks * kBlock;
     int64_t count = smaller(pixels - first, kBlock), width = channels.per_offset_group;
-    const Real* source = self.source + (image * pixels + first) * channels.total;
+    const Real* source = self.source + image * channels.image() + first * channels.padded;
     T* target = static_cast<T*>(p.grad_input) + image * p.in_channels * pixels;
-    for (int64_t group = 0; group < p.offset_groups; ++group, source += channels.padded) {
+    for (int64_t group = 0; group < p.offset_groups; ++group, source += channels.plane) {
       if (p.channels_last) {
         T* pixel = target + first * p.in_channels + group * width;
-        for (int64_t i = 0; i < count; ++i) write_row(source + i * channels.total, width, pixel + i * p.in_channels);
+        for (int64_t i = 0; i < count; ++i) write_row(source + i * channels.padded, width, pixel + i * p.in_channels);
       } else {
-        transpose(source, channels.total, target + group * width * pixels + first, pixels, count, width);
+        transpose(source, channels.padded, target + group * width * pixels + first, pixels, count, width);
       }
     }
   }
@@ -535,10 +536,10 @@ void backward_with(const Params& p, const Channels& channels) {
   using Real = real_t<T>;
   constexpr int64_t real_bytes = sizeof(Real);
   Bands bands = Bands::of(p);
-  Backward<T, Index> pass{p, channels, Tiling::of<Real>(p, channels, p.out_pixels()), bands};
+  Backward<T, Index> pass{p, channels, Tiling::of<Real>(p, channels), bands};
   const Tiling& tiling = pass.tiling;
-  int64_t longest_band = ceil_div(p.out_height, bands.per_image) * p.out_width;
-  pass.tiles_per_band = ceil_div(longest_band, tiling.rows);
+  int64_t longest_band = ceil_div(p.out_height, bands.per_image);
+  pass.tiles_per_band = ceil_div(longest_band, tiling.height) * tiling.across;
   bool sums_wanted = p.grad_weight != nullptr || p.grad_bias != nullptr;
   pass.partial_rows = p.grad_weight != nullptr ? pass.count_partial_rows() : 0;
   pass.partial_size = pass.partial_rows * tiling.padded_outputs + tiling.outputs;
@@ -549,7 +550,7 @@ void backward_with(const Params& p, const Channels& channels) {
   pass.scratch_size = tile_memory > batch_memory ? tile_memory : batch_memory;
 
   bool in_place = sizeof(T) == sizeof(Real) && input_is_packed(p, channels);
-  int64_t image_bytes = p.grad_input != nullptr ? p.batch * p.height * p.width * channels.total * real_bytes : 0;
+  int64_t image_bytes = p.grad_input != nullptr ? p.batch * channels.image() * real_bytes : 0;
   int64_t partial_bytes = sums_wanted ? pass.chunks * pass.partial_size * real_bytes : 0;
   int64_t samples = p.batch * bands.per_image * pass.tiles_per_band * p.offset_groups * p.taps();
   Buffer packed_input(packed_input_bytes<T>(p, channels));

@@ -5,7 +5,8 @@
 // packed weights, of which one panel stays in the first-level cache; sums collect in the tile's result, which leaves
 // with the bias in the output's own layout. Units write disjoint pixels, so threads need no agreement. Memory of a
 // thread: rows * (outputs + column_stride) reals, 0.1 MB for 64 channels and at most 0.4 MB up to 512; the packed
-// weights and, unless the input already lies channels last in whole vectors, one packed copy of the input are shared.
+// weights and, unless the input already lies channels last in whole vectors and one offset group, one packed copy of
+// the input are shared.
 //
 // 16-bit data are widened where they are read, interpolated and multiplied as floats. Where the machine has a bf16 dot
 // product (HDROPS_BF16_DOT), the interpolated columns of bf16 data are rounded to bf16 and multiplied with the weights
@@ -82,24 +83,24 @@ struct Forward {
   void gather_columns(const Tile& tile, const Anchors<Real>& anchors, int64_t first_tap, int64_t taps,
                       Column* columns) const {
     const Params& p = params;
-    const T* image = input + tile.image * p.height * p.width * channels.total;
+    const T* plane = input + tile.image * channels.image();
     Plan<Real, Index> plan;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t group = 0; group < p.offset_groups; ++group) {
-        make_plan<T>(p, channels, tile, anchors, {0, p.height}, group, first_tap + tap, tiling.rows, plan);
-        gather(channels, image + group * channels.padded, plan, tiling.rows,
-               columns + tap * channels.total + group * channels.padded, tiling.column_stride);
+    for (int64_t group = 0; group < p.offset_groups; ++group, plane += channels.plane) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        make_plan<T>(p, channels, tile, anchors, {0, p.height}, group, first_tap + tap, plan);
+        gather(channels, plane, plan, tile.rows(), columns + tap * channels.total + group * channels.padded,
+               tiling.column_stride);
       }
     }
   }
 
   // result (+)= columns * weights of those taps.
-  void multiply(const Column* columns, int64_t first_tap, int64_t taps, Real* result) const {
+  void multiply(int64_t rows, const Column* columns, int64_t first_tap, int64_t taps, Real* result) const {
     for (int64_t group = 0; group < params.groups; ++group) {
       int64_t begin = channels.begin(group), range = channels.end(group) - begin, packed = packed_range(group);
       bool taps_follow_on = params.groups == 1 && range == packed;
       GemmShape shape{};
-      shape.rows = tiling.rows, shape.columns = tiling.padded_outputs;
+      shape.rows = rows, shape.columns = tiling.padded_outputs;
       shape.segments = taps_follow_on ? 1 : taps;
       shape.depth = taps_follow_on ? taps * range : range;
       shape.a_stride = tiling.column_stride, shape.a_segment = channels.total;
@@ -141,26 +142,30 @@ struct Forward {
     const Params& p = params;
     int64_t pixels = p.out_pixels();
     T* output = static_cast<T*>(p.output) + tile.image * p.out_channels * pixels;
-    for (int64_t group = 0; group < p.groups; ++group, result += tiling.padded_outputs) {
-      int64_t first_output = group * tiling.group_outputs;
-      if (p.channels_last) {
-        T* target = output + tile.first * p.out_channels + first_output;
-        for (int64_t i = 0; i < tile.count; ++i) {
-          write_row(result + i * tiling.outputs, tiling.group_outputs, target + i * p.out_channels);
+    for (int64_t row = 0; row < tile.height; ++row) {
+      for (int64_t group = 0; group < p.groups; ++group) {
+        int64_t first_output = group * tiling.group_outputs;
+        const Real* source = result + row * tile.width * tiling.outputs + group * tiling.padded_outputs;
+        if (p.channels_last) {
+          T* target = output + tile.pixel(p, row) * p.out_channels + first_output;
+          for (int64_t i = 0; i < tile.width; ++i) {
+            write_row(source + i * tiling.outputs, tiling.group_outputs, target + i * p.out_channels);
+          }
+        } else {
+          transpose(source, tiling.outputs, output + first_output * pixels + tile.pixel(p, row), pixels, tile.width,
+                    tiling.group_outputs);
         }
-      } else {
-        transpose(result, tiling.outputs, output + first_output * pixels + tile.first, pixels, tile.count,
-                  tiling.group_outputs);
       }
     }
   }
 
+  int64_t tiles_per_image() const { return tiling.across * ceil_div(params.out_height, tiling.height); }
+
   static void run_tile(void* context, int64_t slot, int64_t unit) {
     auto& self = *static_cast<Forward*>(context);
     const Tiling& tiling = self.tiling;
-    Tile tile{unit / tiling.per_image, unit % tiling.per_image * tiling.rows, tiling.rows};
-    int64_t left = self.params.out_pixels() - tile.first;
-    if (left < tile.count) tile.count = left;
+    int64_t tiles = self.tiles_per_image();
+    Tile tile = tile_at(self.params, tiling, unit / tiles, 0, self.params.out_height, unit % tiles);
     Real* result = self.scratch + slot * self.scratch_size;
     Column* columns = reinterpret_cast<Column*>(result + tiling.rows * tiling.outputs);
     Anchors<Real> anchors;
@@ -168,9 +173,9 @@ struct Forward {
     for (int64_t tap = 0; tap < self.params.taps(); tap += tiling.taps) {
       int64_t taps = self.params.taps() - tap < tiling.taps ? self.params.taps() - tap : tiling.taps;
       self.gather_columns(tile, anchors, tap, taps, columns);
-      self.multiply(columns, tap, taps, result);
+      self.multiply(tile.rows(), columns, tap, taps, result);
     }
-    self.add_bias(tile.count, result);
+    self.add_bias(tile.count(), result);
     self.store_result(tile, result);
   }
 };
@@ -178,7 +183,7 @@ struct Forward {
 template <class T, class Index>
 void forward_with(const Params& p, const Channels& channels) {
   using Real = real_t<T>;
-  Forward<T, Index> pass{p, channels, Tiling::of<Real>(p, channels, p.out_pixels()), nullptr, nullptr, nullptr, 0};
+  Forward<T, Index> pass{p, channels, Tiling::of<Real>(p, channels), nullptr, nullptr, nullptr, 0};
   const Tiling& tiling = pass.tiling;
   Buffer packed_input(packed_input_bytes<T>(p, channels));
   Buffer packed_weight(pass.packed_weight_size() * int64_t(sizeof(column_t<T>)));
@@ -188,7 +193,7 @@ void forward_with(const Params& p, const Channels& channels) {
   pass.scratch = static_cast<Real*>(scratch.data());
   pass.input = pack_input<T>(p, channels, packed_input.data());
   parallel_units(p.groups * pass.panels(), Forward<T, Index>::pack_weight, &pass);
-  parallel_units(p.batch * tiling.per_image, Forward<T, Index>::run_tile, &pass);
+  parallel_units(p.batch * pass.tiles_per_image(), Forward<T, Index>::run_tile, &pass);
 }
 
 template <class T>

@@ -12,13 +12,20 @@ definite system in the ``levels`` values of g remains:
     (T - sum_i m_i m_i^T / d_i) g = r,      m_i = sum_j w_ij^2 phi_ij,   d_i = sum_j w_ij^2.
 
 phi_ij is the row that reads g at z_ij: one entry for an integer code, two neighbouring ones for a fractional code. T,
-the code counts plus the smoothness rows, has bandwidth two. Only the non-zero products of m_i m_i^T are formed, so no
-matrix of samples ever stands in memory, and the cost is linear in the samples. All sums are float64.
+the code counts plus the smoothness rows, has bandwidth two. All sums are float64. Which way is cheaper depends on the
+number of samples:
+
+* Many: the [levels, levels] matrix and its Cholesky factor. Only the non-zero products of m_i m_i^T are formed, so no
+  matrix of samples ever stands in memory, and the cost is linear in the samples.
+* Few, on the CPU: the codes are eliminated by the two bands of T, and a system in the samples remains
+  (csrc/crf/debevec_kernels_cpu.h).
 
 Gradients come from implicit differentiation: with F(g, lnE; theta) = 0 the stationarity condition, dL/dtheta is
--(adjoint . dF/dtheta), where the adjoint solves the same system with the incoming gradient on the right-hand side; the
-Cholesky factor of the forward pass is used again.
+-(adjoint . dF/dtheta), where the adjoint solves the same system with the incoming gradient on the right-hand side. The
+Cholesky factor of many samples is kept for it; few samples are solved anew.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,30 +39,40 @@ from hdrops.camera.observations import (
     weight_table,
 )
 
+# Up to here, and to the number of codes, samples are few: then the kernel beats the [levels, levels] matrix.
+_FEW_SAMPLES = 192
+
 
 class _Rows(Observations):
     """The rows of the least squares.
 
     Attributes:
         square: float64 [B, S, P], squared weight of the row.
-        total: float64 [B, S], d_i: the sum of ``square`` over the frames.
+        blind: bool [B, S], True for a sample without any weight.
+        total: float64 [B, S], d_i: the sum of ``square`` over the frames; 1 for a blind sample.
     """
 
     def __init__(self, codes: Tensor, table: Tensor, mask: Tensor | None) -> None:
         super().__init__(codes, table, mask)
         self.square = self.weight.square()
-        self.total = self.square.sum(-1)
+        total = self.square.sum(-1)
+        self.blind = total == 0
+        self.total = total.masked_fill(self.blind, 1)
 
     def mean(self, values: Tensor) -> Tensor:
         """Weighted mean of [B, S, P] values over the frames; plain mean for a sample without any weight."""
-        blind = self.total == 0
-        weighted = (self.square * values).sum(-1) / self.total.masked_fill(blind, 1)
-        return torch.where(blind, values.mean(-1), weighted)
+        weighted = (self.square * values).sum(-1) / self.total
+        return torch.where(self.blind, values.mean(-1), weighted)
+
+
+def _strength(table: Tensor, smoothness: float) -> Tensor:
+    """smoothness^2 w(z)^2, float64 [L]: the weight of the squared second difference at each inner code."""
+    return (smoothness * table).square()
 
 
 def add_smoothness(matrix: Tensor, table: Tensor, smoothness: float) -> None:
     """Adds smoothness^2 sum_z w(z)^2 d_z d_z^T, d_z the second difference at the inner code z, to [B, L, L]."""
-    strength = (smoothness * table[1:-1]).square()
+    strength = _strength(table, smoothness)[1:-1]
     stencil = (1.0, -2.0, 1.0)
     inner = strength.numel()
     for row, left in enumerate(stencil):
@@ -81,9 +98,16 @@ def _add_code_counts(matrix: Tensor, rows: _Rows) -> None:
 
 def _folded_samples(rows: _Rows) -> Tensor:
     """sum_i m_i m_i^T / d_i: [B, L, L]."""
-    root = rows.total.masked_fill(rows.total == 0, 1).rsqrt().unsqueeze(-1)
-    values = rows.shares(rows.square * root)
+    values = rows.shares(rows.square * rows.total.rsqrt().unsqueeze(-1))
     return scatter_products(rows.codes_read(), values, values, rows.levels)
+
+
+def _check_solved(solved: Tensor, smoothness: float) -> None:
+    if not bool(solved.all()):
+        raise ValueError(
+            f"solve_debevec: {int((~solved).sum())} of {solved.numel()} systems are singular to rounding: too few "
+            f"samples, a weight that is 0 at inner codes, or a smoothness ({smoothness}) out of proportion"
+        )
 
 
 def _factor(rows: _Rows, table: Tensor, smoothness: float) -> Tensor:
@@ -91,26 +115,52 @@ def _factor(rows: _Rows, table: Tensor, smoothness: float) -> Tensor:
 
     The system is unchanged by a constant added to g, so pinning one value costs nothing and any stiffness is exact.
     """
-    levels = table.numel()
     matrix = _folded_samples(rows).neg_()
     _add_code_counts(matrix, rows)
     add_smoothness(matrix, table, smoothness)
-    middle = levels // 2
+    middle = rows.levels // 2
     matrix[:, middle, middle] += matrix.diagonal(0, -2, -1).mean(-1)
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool((info != 0).any()):
-        raise ValueError(
-            f"solve_debevec: {int((info != 0).sum())} of {info.numel()} systems are singular to rounding: too few "
-            f"samples, a weight that is 0 at inner codes, or a smoothness ({smoothness}) out of proportion"
-        )
+    _check_solved(info == 0, smoothness)
     return factor
 
 
-def _solve(rows: _Rows, factor: Tensor, row_values: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("hdrops::_solve_few_samples")
+def _fake(lower: Tensor, fraction: Tensor | None, square: Tensor, strength: Tensor, right: Tensor) -> Any:
+    return torch.empty_like(right), right.new_empty(right.shape[0], dtype=torch.bool)
+
+
+class _FoldedSystem:
+    """The system in the curves g [B, L], for right-hand sides [B, L] that sum to zero over the codes.
+
+    Attributes:
+        factor: of many samples, :func:`_factor`; None where few are solved by the kernel.
+    """
+
+    def __init__(self, rows: _Rows, table: Tensor, smoothness: float, factor: Tensor | None = None) -> None:
+        self.rows, self.table, self.smoothness = rows, table, smoothness
+        few = rows.lower.shape[1] <= min(_FEW_SAMPLES, rows.levels) and rows.lower.device.type == "cpu"
+        self.factor = _factor(rows, table, smoothness) if factor is None and not few else factor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """g, 0 at the middle code up to rounding."""
+        if self.factor is not None:
+            return torch.cholesky_solve(right.unsqueeze(-1), self.factor).squeeze(-1)
+        rows = self.rows
+        curve: Tensor
+        curve, solved = torch.ops.hdrops._solve_few_samples.default(
+            rows.lower, rows.fraction, rows.square, _strength(self.table, self.smoothness), right
+        )
+        _check_solved(solved, self.smoothness)
+        return curve
+
+
+def _solve(system: _FoldedSystem, row_values: Tensor) -> tuple[Tensor, Tensor]:
     """Minimiser (g [B, L], e [B, S]) of sum w^2 (g(z) - e_i - b)^2 + smoothness, for b [B, S, P]."""
+    rows = system.rows
     residual = rows.square * (row_values - rows.mean(row_values).unsqueeze(-1))
-    curve = torch.cholesky_solve(rows.spread(residual).unsqueeze(-1), factor).squeeze(-1)
+    curve = system.solve(rows.spread(residual))
     curve = curve - curve[:, rows.levels // 2, None]
     return curve, rows.mean(rows.read(curve) - row_values)
 
@@ -122,14 +172,15 @@ class _Debevec(torch.autograd.Function):
     def forward(codes, log_exposures, table, mask, smoothness):  # type: ignore[no-untyped-def]
         rows = _Rows(codes, table, mask)
         rows.require_slope("solve_debevec")
-        factor = _factor(rows, table, smoothness)
-        curve, radiance = _solve(rows, factor, log_exposures.expand(codes.shape))
-        return curve, radiance, factor
+        system = _FoldedSystem(rows, table, smoothness)
+        curve, radiance = _solve(system, log_exposures.expand(codes.shape))
+        return curve, radiance, system.factor
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        codes, log_exposures, table, mask, _ = inputs
-        ctx.mark_non_differentiable(output[2])
+        codes, log_exposures, table, mask, ctx.smoothness = inputs
+        if output[2] is not None:
+            ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(codes, log_exposures, table, mask, *output)
 
     @staticmethod
@@ -146,30 +197,30 @@ class _Debevec(torch.autograd.Function):
             )
             rows = _Rows(codes, table, mask)
             log_times = log_exposures.expand(codes.shape)
-            adjoint_curve, adjoint_radiance = _adjoint(rows, factor, grad_curve, grad_radiance)
+            system = _FoldedSystem(rows, table, ctx.smoothness, factor)
+            adjoint_curve, adjoint_radiance = _adjoint(system, grad_curve, grad_radiance)
             residual = rows.read(curve) - radiance.unsqueeze(-1) - log_times
             sensitivity = rows.read(adjoint_curve) - adjoint_radiance.unsqueeze(-1)
-            blind = rows.total == 0
             lagrangian = -(rows.square * residual * sensitivity).sum()
             # A sample without weight has the plain mean for its radiance, outside the least squares.
-            lagrangian = lagrangian + (residual.mean(-1) * grad_radiance).masked_fill(~blind, 0).sum()
+            lagrangian = lagrangian + (residual.mean(-1) * grad_radiance).masked_fill(~rows.blind, 0).sum()
             gradients = iter(torch.autograd.grad(lagrangian, leaves))
         return *(next(gradients) if need else None for need in ctx.needs_input_grad[:2]), None, None, None
 
 
 @torch.no_grad()
-def _adjoint(rows: _Rows, factor: Tensor, grad_curve: Tensor, grad_radiance: Tensor) -> tuple[Tensor, Tensor]:
+def _adjoint(system: _FoldedSystem, grad_curve: Tensor, grad_radiance: Tensor) -> tuple[Tensor, Tensor]:
     """Solves the forward system, unfolded, for the gradient (grad_curve, grad_radiance) on its right-hand side."""
-    blind = rows.total == 0
-    share = grad_radiance.masked_fill(blind, 0) / rows.total.masked_fill(blind, 1)
+    rows = system.rows
+    share = grad_radiance.masked_fill(rows.blind, 0) / rows.total
     # A blind sample's radiance reads the curve by a plain mean; any other's by the weighted one.
     per_row = rows.square * share.unsqueeze(-1)
-    per_row = per_row + (grad_radiance.masked_fill(~blind, 0) / rows.lower.shape[-1]).unsqueeze(-1)
+    per_row = per_row + (grad_radiance.masked_fill(~rows.blind, 0) / rows.lower.shape[-1]).unsqueeze(-1)
     right = grad_curve + rows.spread(per_row)
     # g and ln E move together by a constant, removed by subtracting g(middle): that subtraction, transposed.
     right[:, rows.levels // 2] -= right.sum(-1)
-    curve = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    radiance = rows.mean(rows.read(curve)).masked_fill(blind, 0) + share
+    curve = system.solve(right)
+    radiance = rows.mean(rows.read(curve)).masked_fill(rows.blind, 0) + share
     return curve, radiance
 
 

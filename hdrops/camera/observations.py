@@ -181,9 +181,9 @@ class Layout:
         self.shape = (*self.lead, samples, frames, channels)
 
     def systems(self, tensor: Tensor) -> Tensor:
-        """Codes or mask as [B, S, P]."""
+        """Codes or mask as [B, S, P], in memory as [B, P, S]: sums over the frames then run along the samples."""
         whole = tensor.unsqueeze(-1) if self.single else tensor
-        return whole.expand(self.shape).movedim(-1, -3).reshape(-1, *self.shape[-3:-1])
+        return whole.expand(self.shape).movedim(-1, -3).reshape(-1, *self.shape[-3:-1]).mT.contiguous().mT
 
     def times(self, log_exposures: Tensor) -> Tensor:
         """log_exposures as [B, 1, P] in float64."""

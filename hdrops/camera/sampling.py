@@ -4,6 +4,7 @@ The image, read row by row, is cut into as many equal runs as there are samples,
 samples cover the picture evenly, none is drawn twice, and nothing but the drawn pixels is ever read.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,9 +39,10 @@ def check_stack(name: str, stack: Tensor, log_exposures: Tensor, mask: Tensor | 
             f"{name}: log_exposures must be [P] or [N|1, P] with N = {batch}, P = {frames}, "
             f"got shape {list(log_exposures.shape)}"
         )
-    if not bool(log_exposures.isfinite().all()):
+    brackets = log_exposures.detach().reshape(-1, frames).tolist()
+    if not all(math.isfinite(value) for bracket in brackets for value in bracket):
         raise ValueError(f"{name}: log_exposures must be finite, got {log_exposures.tolist()}")
-    if bool((log_exposures.amax(-1) == log_exposures.amin(-1)).any()):
+    if any(min(bracket) == max(bracket) for bracket in brackets):
         raise ValueError(f"{name}: all {frames} exposures are equal; a response needs at least two different ones")
     if mask is not None:
         if mask.dtype != torch.bool:
@@ -56,11 +58,9 @@ def _draw(pixels: int, samples: int, seed: int) -> Tensor:
     """Indices int64 [min(samples, pixels)] in rising order, one in each of equal runs of 0..pixels-1."""
     if samples >= pixels:
         return torch.arange(pixels)
-    edges = torch.arange(samples + 1, dtype=torch.float64) * (pixels / samples)
-    first = edges[:-1].ceil().long()
-    length = edges[1:].ceil().long() - first
+    edges = (torch.arange(samples + 1, dtype=torch.float64) * (pixels / samples)).ceil().long()
     jitter = torch.rand(samples, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return first + (jitter * length).long()
+    return edges[:-1] + (jitter * edges.diff()).long()
 
 
 def _pick(images: Tensor, pixels: Tensor) -> Tensor:
