@@ -511,7 +511,11 @@ X, CURVE = torch.zeros(2, 3, 4, 5), torch.zeros(8)
             "gradient_scale must be a finite number",
         ),
         (lambda: hdrops.crf_lookup(X, CURVE.to("meta")), ValueError, "curve must be on input's device cpu, got meta"),
-        (lambda: hdrops.crf_lookup(X, CURVE, backend="cuda"), NotImplementedError, "crf_lookup: backend cuda cannot run this call: the tensors are on cpu"),
+        (
+            lambda: hdrops.crf_lookup(X, CURVE, backend="cuda"),
+            NotImplementedError,
+            "crf_lookup: backend cuda cannot run this call: the tensors are on cpu",
+        ),
         (lambda: hdrops.quantize_ste(X, levels=1), ValueError, r"levels must be an integer in \[2, 65536\], got 1"),
         (lambda: hdrops.quantize_ste(X, levels=2.0), TypeError, "levels must be an integer"),
         (lambda: hdrops.quantize_ste(X, gradient="none"), ValueError, "'inside' or 'everywhere', got 'none'"),

@@ -24,7 +24,8 @@ class CudaCall {
   // Memory for the kernels of this call. It returns to torch's cache with the call, and the stream keeps the order.
   void* workspace(size_t bytes) {
     if (bytes == 0) return nullptr;
-    memory_.push_back(torch::stable::empty({int64_t(bytes)}, torch::headeronly::ScalarType::Byte, std::nullopt, device_));
+    memory_.push_back(
+        torch::stable::empty({int64_t(bytes)}, torch::headeronly::ScalarType::Byte, std::nullopt, device_));
     return memory_.back().mutable_data_ptr();
   }
 

@@ -22,8 +22,8 @@ void check_values(const Bracket& bracket) {
   }
   const A* weights = static_cast<const A*>(weight.const_data_ptr());
   for (int64_t i = 0; i < weight.numel(); ++i) {
-    HDROPS_CHECK(std::isfinite(weights[i]) && weights[i] >= 0, kMerge,
-                 ": weight must be finite and not negative, got ", weights[i], " in entry ", i);
+    HDROPS_CHECK(std::isfinite(weights[i]) && weights[i] >= 0, kMerge, ": weight must be finite and not negative, got ",
+                 weights[i], " in entry ", i);
   }
 }
 
@@ -86,13 +86,13 @@ struct Cpu {
 
     const int64_t streams_per_image = p.interleaved ? 1 : p.channels;
     if (outputs.log_exposures != nullptr) {
-      const auto sums = sum_parts(time_parts, tasks, p.frames, streams_per_image,
-                                  bracket.per_image(bracket.log_exposures), false);
+      const auto sums =
+          sum_parts(time_parts, tasks, p.frames, streams_per_image, bracket.per_image(bracket.log_exposures), false);
       for (size_t i = 0; i < sums.size(); ++i) outputs.log_exposures[i] = A(sums[i]);
     }
     if (of_curve) {
-      const auto sums = sum_parts(curve_parts, tasks, curve_part, streams_per_image,
-                                  bracket.per_image(*bracket.curve), !p.interleaved && p.curve_stride_c != 0);
+      const auto sums = sum_parts(curve_parts, tasks, curve_part, streams_per_image, bracket.per_image(*bracket.curve),
+                                  !p.interleaved && p.curve_stride_c != 0);
       const A* given = static_cast<const A*>(bracket.curve->const_data_ptr());
       for (size_t i = 0; i < sums.size(); ++i) outputs.curve[i] = given[i] > 0 ? A(sums[i]) : A(0);  // else replaced
     }

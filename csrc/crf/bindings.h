@@ -1,6 +1,6 @@
 // The bindings of crf_lookup, tent_histogram, value_histogram and quantize_ste for any device: checks, memory layout,
-// outputs. The kernels see an image as [N, C, P], planar or interleaved (channels last); any other strides are copied to
-// planar. bind_cpu.cpp and bind_cuda.cu register them, each with its Backend, an object of one call:
+// outputs. The kernels see an image as [N, C, P], planar or interleaved (channels last); any other strides are copied
+// to planar. bind_cpu.cpp and bind_cuda.cu register them, each with its Backend, an object of one call:
 //
 //   explicit Backend(const Tensor& input)     makes the input's device the current one
 //   void allocated(const Tensor&) const       is told of a large output before it is written
@@ -111,7 +111,7 @@ struct Lookup {
 };
 
 inline Lookup prepare_lookup(const char* op, const Tensor& input, const Tensor& curve, const std::string& mode,
-                      std::optional<double> gradient_scale) {
+                             std::optional<double> gradient_scale) {
   Lookup lookup{as_image(input), curve, {}, {}};
   Image& image = lookup.image;
   ScalarType in = input.scalar_type();
@@ -171,7 +171,8 @@ std::tuple<Tensor, Tensor> crf_lookup_backward(const Tensor& grad_output, const 
   bool of_input = output_mask[0] && !is_code(input.scalar_type()), of_curve = output_mask[1];
   ScalarType accumulation = accumulation_type(lookup.out);
   Backend backend(input);
-  Tensor grad_input = of_input ? empty_in_layout(backend, lookup.image, sizes_of(input), lookup.out) : nothing(input, lookup.out);
+  Tensor grad_input =
+      of_input ? empty_in_layout(backend, lookup.image, sizes_of(input), lookup.out) : nothing(input, lookup.out);
   Tensor grad_curve = nothing(input, accumulation);
   if (of_curve) {
     grad_curve = input.numel() == 0 ? torch::stable::new_zeros(lookup.curve, curve.sizes())

@@ -5,9 +5,9 @@
 // additions hardly depend on the image: a flat one takes five rounds of the tree, a noisy one two.
 //
 // The warps' bins are in the type of the pixels' sums (float but for double data) and are emptied, after kStepsPerFlush
-// steps, in the order of the warps into the block's totals, in double: a saturated sky under a mean loss adds one number
-// millions of times, and in float every addition would err to the same side. At its end each block writes its totals as
-// a row of doubles; add_rows sums the rows of a curve, in an order that depends on their number alone.
+// steps, in the order of the warps into the block's totals, in double: a saturated sky under a mean loss adds one
+// number millions of times, and in float every addition would err to the same side. At its end each block writes its
+// totals as a row of doubles; add_rows sums the rows of a curve, in an order that depends on their number alone.
 //
 // Bins that do not fit shared memory are divided into windows, and the image is read once for each window.
 //
@@ -122,7 +122,7 @@ struct BinPlan {
   int64_t entries;  // bins of one row
   int sums;         // of one bin
   int window, windows;
-  size_t shared_bytes;           // of a block, besides what the caller adds
+  size_t shared_bytes;            // of a block, besides what the caller adds
   int blocks_per_multiprocessor;  // that fit at a time
 
   HDROPS_HD int64_t row() const { return entries * sums; }
@@ -173,8 +173,8 @@ static __global__ __launch_bounds__(32 * kRowWarps) void add_rows_kernel(const d
   const int64_t blocks = (columns + 31) / 32, curve = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * 32 + lane;
   const int64_t image = curve / of.channels, channel = curve % of.channels;
-  const double* first = rows + (image * of.image_stride + channel * of.channel_stride) * row_size +
-                        channel * of.channel_columns + column;
+  const double* first =
+      rows + (image * of.image_stride + channel * of.channel_stride) * row_size + channel * of.channel_columns + column;
   double sum = 0;
   if (column < columns) {
 #pragma unroll 4

@@ -53,7 +53,8 @@ const Vector<A, 2>* tent_table(const TentParams& p, void* workspace, cudaStream_
 
 // V pixels of a plane at a time; V divides p.p and everything is aligned to it.
 template <int V, class T>
-__global__ __launch_bounds__(kRunThreads) void tent_planes_kernel(TentParams p, const Vector<device_acc_t<T>, 2>* table) {
+__global__ __launch_bounds__(kRunThreads) void tent_planes_kernel(TentParams p,
+                                                                  const Vector<device_acc_t<T>, 2>* table) {
   using A = device_acc_t<T>;
   const int64_t per_plane = p.p / V, count = p.n * p.c * per_plane;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
@@ -67,14 +68,15 @@ __global__ __launch_bounds__(kRunThreads) void tent_planes_kernel(TentParams p, 
       for (int e = 0; e < V; ++e) {
         heights.value[e] = store_as<T>(tent_height(load_as(x.value[e]), tent.value[0], tent.value[1]));
       }
-      store_elements<V>(map, heights);
+      store_elements<V>(map, heights, true);
     }
   }
 }
 
 // V maps at a time, in memory order [n, p, tents, c]; the last few one by one.
 template <int V, class T>
-__global__ __launch_bounds__(kRunThreads) void tent_pixels_kernel(TentParams p, const Vector<device_acc_t<T>, 2>* table) {
+__global__ __launch_bounds__(kRunThreads) void tent_pixels_kernel(TentParams p,
+                                                                  const Vector<device_acc_t<T>, 2>* table) {
   using A = device_acc_t<T>;
   const int64_t maps = p.tents * p.c, count = p.n * p.p * maps;
   T* output = static_cast<T*>(p.output);
@@ -94,7 +96,7 @@ __global__ __launch_bounds__(kRunThreads) void tent_pixels_kernel(TentParams p, 
       }
     }
     if (i + V <= count) {
-      store_elements<V>(output + i, heights);
+      store_elements<V>(output + i, heights, true);
     } else {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
@@ -113,7 +115,8 @@ struct TentGradients {
 };
 
 template <class T>
-__global__ __launch_bounds__(kRunThreads) void tent_backward_kernel(TentParams p, const Vector<device_acc_t<T>, 2>* table) {
+__global__ __launch_bounds__(kRunThreads) void tent_backward_kernel(TentParams p,
+                                                                    const Vector<device_acc_t<T>, 2>* table) {
   using A = device_acc_t<T>;
   const int64_t stride = p.interleaved ? p.c : p.c * p.p, count = p.n * p.c * p.p;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
@@ -175,6 +178,7 @@ struct ValueCounts {
   BlockBins<A, 1> bins;
   const T* input = nullptr;
   int channel = 0;
+  bool aligned = false;
 
   __device__ __forceinline__ ValueCounts(const ValueHistogramParams& params, BinWindow window)
       : p(params), bins(window, shared_memory<double>()) {
@@ -184,12 +188,14 @@ struct ValueCounts {
   __device__ __forceinline__ int start(const Run& run) {
     input = static_cast<const T*>(p.input) + run.offset;
     channel = int(run.channel);
-    return until_line(input, run.count);
+    const int head = until_line<T>(run);
+    aligned = is_aligned<T, kRunVector<T>>(input + head);
+    return head;
   }
 
   template <int V>
   __device__ __forceinline__ Item<V> load(int i) const {
-    return load_elements<V>(input + i, true);
+    return load_elements<V>(input + i, aligned);
   }
 
   template <int V>
@@ -234,7 +240,7 @@ struct ValueSlopes {
   const T* input = nullptr;
   T* grad_input = nullptr;
   int channel = 0;
-  bool aligned = false;
+  bool aligned = false, aligned_result = false;
 
   __device__ __forceinline__ ValueSlopes(const ValueHistogramParams& params, int64_t group)
       : p(params), slopes(shared_memory<A>()) {
@@ -252,8 +258,9 @@ struct ValueSlopes {
     input = static_cast<const T*>(p.input) + run.offset;
     grad_input = static_cast<T*>(p.grad_input) + run.offset;
     channel = int(run.channel);
-    const int head = until_line(grad_input, run.count);
+    const int head = until_line<T>(run);
     aligned = is_aligned<T, kRunVector<T>>(input + head);
+    aligned_result = is_aligned<T, kRunVector<T>>(grad_input + head);
     return head;
   }
 
@@ -275,14 +282,14 @@ struct ValueSlopes {
       result.value[k] = store_as<T>(x >= A(-1) && x <= A(1) ? rise : A(0));
       if (p.layout.width > 1) begin = next_channel(p, begin);
     }
-    store_elements<V>(grad_input + i, result);
+    store_elements<V>(grad_input + i, result, aligned_result);
   }
 
   __device__ __forceinline__ void pause() const {}
 };
 
 template <bool kShared, class T>
-__global__ __launch_bounds__(kRunThreads, 4) void value_slopes_kernel(ValueHistogramParams p, Parts parts) {
+__global__ __launch_bounds__(kRunThreads, kShared ? 4 : 3) void value_slopes_kernel(ValueHistogramParams p, Parts parts) {
   const int64_t group = blockIdx.x / parts.per_group, part = blockIdx.x % parts.per_group;
   ValueSlopes<kShared, T> op(p, group);
   walk_part<kRunVector<T>, kRunInFlight<T>>(op, p.layout, parts, group, part);

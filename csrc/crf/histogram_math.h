@@ -1,4 +1,5 @@
-// The mathematics of the histogram kernels, one value at a time: tents (OP-11) and the value-weighted histogram (OP-12).
+// The mathematics of the histogram kernels, one value at a time: tents (OP-11) and the value-weighted histogram
+// (OP-12).
 #pragma once
 #include <cmath>
 

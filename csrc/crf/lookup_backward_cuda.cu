@@ -3,7 +3,7 @@
 
 namespace hdrops {
 
-#define HDROPS_INSTANTIATE(In, Out)                                                           \
+#define HDROPS_INSTANTIATE(In, Out)                                                          \
   template void crf_lookup_backward_cuda<In, Out>(const LookupParams&, void*, cudaStream_t); \
   template size_t crf_lookup_backward_workspace_bytes<In, Out>(const LookupParams&);
 #define HDROPS_INSTANTIATE_OUT(Out) \

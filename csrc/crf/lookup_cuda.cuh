@@ -102,7 +102,7 @@ struct LookupForward {
   const In* input = nullptr;
   Out* output = nullptr;
   int channel = 0;
-  bool aligned = false;
+  bool aligned = false, aligned_output = false;
 
   __device__ __forceinline__ LookupForward(const LookupParams& params, int64_t group)
       : p(params), table(params, group) {}
@@ -111,8 +111,9 @@ struct LookupForward {
     input = static_cast<const In*>(p.input) + run.offset;
     output = static_cast<Out*>(p.output) + run.offset;
     channel = int(run.channel);
-    const int head = until_line(output, run.count);
+    const int head = until_line<Out>(run);
     aligned = is_aligned<In, kRunVector<In, Out>>(input + head);
+    aligned_output = is_aligned<Out, kRunVector<In, Out>>(output + head);
     return head;
   }
 
@@ -135,7 +136,7 @@ struct LookupForward {
       result.value[k] = store_as<Out>(number ? value : A(NAN));
       if (p.layout.width > 1) begin = next_curve(p, begin);
     }
-    store_elements<V>(output + i, result);
+    store_elements<V>(output + i, result, aligned_output);
   }
 
   __device__ __forceinline__ void pause() const {}
@@ -170,7 +171,7 @@ struct LookupBackward {
   const Out* grad_output = nullptr;
   Out* grad_input = nullptr;
   int channel = 0;
-  bool aligned_input = false, aligned_grad = false;
+  bool aligned_input = false, aligned_grad = false, aligned_result = false;
 
   // Shared memory: the bins, then the slopes.
   __device__ __forceinline__ LookupBackward(const LookupParams& params, int64_t group, BinWindow window,
@@ -199,9 +200,10 @@ struct LookupBackward {
     grad_output = static_cast<const Out*>(p.grad_output) + run.offset;
     if constexpr (kPixels) grad_input = static_cast<Out*>(p.grad_input) + run.offset;
     channel = int(run.channel);
-    const int head = until_line(kPixels ? grad_input : grad_output, run.count);
+    const int head = until_line<Out>(run);
     aligned_input = is_aligned<In, V>(input + head);
     aligned_grad = is_aligned<Out, V>(grad_output + head);
+    if constexpr (kPixels) aligned_result = is_aligned<Out, V>(grad_input + head);
     return head;
   }
 
@@ -230,7 +232,7 @@ struct LookupBackward {
       if (p.layout.width > 1) begin = next_curve(p, begin);
     }
     if constexpr (kPixels) {
-      if (valid) store_elements<V>(grad_input + i, result);
+      if (valid) store_elements<V>(grad_input + i, result, aligned_result);
     }
   }
 
@@ -241,8 +243,9 @@ struct LookupBackward {
 
 // `rows`: of all blocks' sums, [groups, parts, entries, kSums].
 template <bool kLinear, bool kShared, LookupGradients kWanted, class In, class Out>
-__global__ __launch_bounds__(kRunThreads, kShared ? kLookupBlocks : 3) void lookup_backward_kernel(LookupParams p, Parts parts, BinPlan plan,
-                                                                         double* rows) {
+__global__ __launch_bounds__(kRunThreads,
+                             kShared ? kLookupBlocks : 3) void lookup_backward_kernel(LookupParams p, Parts parts,
+                                                                                      BinPlan plan, double* rows) {
   const int64_t row = blockIdx.x / plan.windows, group = row / parts.per_group, part = row % parts.per_group;
   LookupBackward<kLinear, kShared, kWanted, In, Out> op(p, group, plan.at(int(blockIdx.x % plan.windows)),
                                                         int64_t(plan.shared_bytes));

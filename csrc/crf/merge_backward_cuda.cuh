@@ -1,6 +1,6 @@
 // Backward pass of exposure merging on CUDA. With d ln E / d v_j = m_j w_j / sum, v_j = ln g_j - ln t_j, and weights
-// constant, every frame of an element gets q_j = grad E m_j w_j / sum: the exposure loses q_j, the curve gains q_j / g_j
-// where the reading lies in it, the reading gains q_j g'_j / g_j.
+// constant, every frame of an element gets q_j = grad E m_j w_j / sum: the exposure loses q_j, the curve gains q_j /
+// g_j where the reading lies in it, the reading gains q_j g'_j / g_j.
 //
 // A thread takes the elements of 16 bytes through the frames twice: for ln E, then for the gradients; the second time
 // the stack is in the cache. Both sums are bitwise repeatable: each warp has a sum of q per frame, in double, and the
@@ -46,7 +46,7 @@ struct MergeBackward {
   const MergeStream<T, A>& s;
   const MergeTables<T, A>& tables;
   Bins& bins;
-  T* grad_stack;     // or null
+  T* grad_stack;      // or null
   double* warp_sums;  // of this warp [P], or null
 
   // Where frame j's gradient of the stream begins.
@@ -123,9 +123,8 @@ struct MergeBackward {
 };
 
 template <class T, class Out, class A, bool kCurve>
-__global__ __launch_bounds__(kRunThreads, kMergeBackwardBlocks) void merge_backward_kernel(const __grid_constant__ MergeLaunch<A> merge,
-                                                                                          const Out* grad_output,
-                                                                                          MergeRows<A> rows) {
+__global__ __launch_bounds__(kRunThreads, kMergeBackwardBlocks) void merge_backward_kernel(
+    const __grid_constant__ MergeLaunch<A> merge, const Out* grad_output, MergeRows<A> rows) {
   constexpr int V = kMergeVector<T, Out>;
   using Backward = MergeBackward<T, Out, A, kCurve>;
   const int64_t row = blockIdx.x / rows.plan.windows, index = row / merge.parts, part = row % merge.parts;
@@ -319,12 +318,12 @@ void merge_backward_cuda(const MergeParams<A>& p, const MergeTablesOf<A>& of, co
     const bool planes = !p.interleaved && of.curve_channels > 1;
     const int64_t run = planes ? merge.parts : per_image, images = of.curve_images > 1 ? 1 : merge.p.batch;
     const BinRows rows_of{unsigned(run * images),
-                     unsigned(run),
-                     per_image,
+                          unsigned(run),
+                          per_image,
                           of.curve_channels,
-                     per_image,
-                     planes ? merge.parts : 0,
-                     planes ? 0 : pass.curve_columns()};
+                          per_image,
+                          planes ? merge.parts : 0,
+                          planes ? 0 : pass.curve_columns()};
     add_rows(bin_rows, pass.plan.row(), rows_of, of.curves(), pass.curve_columns(), bin_totals, stream);
     const int64_t count = of.curves() * p.curve_length;
     if (sizeof(T) == 1) {

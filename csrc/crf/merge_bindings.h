@@ -149,8 +149,8 @@ template <class F>
 auto dispatch_merge(const Bracket& bracket, F&& f) {
   const ScalarType dtype = bracket.stack.scalar_type();
   const bool wide = bracket.computed() == ScalarType::Double;
-  HDROPS_CHECK(dtype == ScalarType::Byte || dtype == ScalarType::UInt16 || wide == (dtype == ScalarType::Double), kMerge,
-               ": log_exposures must be float64 for a float64 stack, float32 for other floating ones");
+  HDROPS_CHECK(dtype == ScalarType::Byte || dtype == ScalarType::UInt16 || wide == (dtype == ScalarType::Double),
+               kMerge, ": log_exposures must be float64 for a float64 stack, float32 for other floating ones");
   if (dtype == ScalarType::Byte && wide) return f.template operator()<uint8_t, double, double>();
   if (dtype == ScalarType::Byte) return f.template operator()<uint8_t, float, float>();
   if (dtype == ScalarType::UInt16 && wide) return f.template operator()<uint16_t, double, double>();
@@ -160,7 +160,7 @@ auto dispatch_merge(const Bracket& bracket, F&& f) {
 
 template <class Backend>
 Tensor merge_exposures(const Tensor& stack, const Tensor& log_exposures, const std::optional<Tensor>& curve,
-               const Tensor& weight, const std::optional<Tensor>& mask, bool fallback) {
+                       const Tensor& weight, const std::optional<Tensor>& mask, bool fallback) {
   const Bracket bracket(stack, log_exposures, curve, weight, mask, fallback);
   Backend backend(stack);
   Tensor radiance = bracket.empty_radiance();
@@ -172,10 +172,11 @@ Tensor merge_exposures(const Tensor& stack, const Tensor& log_exposures, const s
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> merge_exposures_backward(const Tensor& grad_output, const Tensor& stack, const Tensor& log_exposures,
-                                            const std::optional<Tensor>& curve, const Tensor& weight,
-                                            const std::optional<Tensor>& mask, bool fallback,
-                                            std::vector<bool> wanted) {
+std::tuple<Tensor, Tensor, Tensor> merge_exposures_backward(const Tensor& grad_output, const Tensor& stack,
+                                                            const Tensor& log_exposures,
+                                                            const std::optional<Tensor>& curve, const Tensor& weight,
+                                                            const std::optional<Tensor>& mask, bool fallback,
+                                                            std::vector<bool> wanted) {
   const Bracket bracket(stack, log_exposures, curve, weight, mask, fallback);
   HDROPS_CHECK(wanted.size() == 3, kMerge, ": output_mask must have 3 entries");
   HDROPS_CHECK(grad_output.dim() == 4 && grad_output.size(0) == bracket.batch() &&
@@ -191,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_exposures_backward(const Tensor& grad_o
     return wanted_one ? torch::stable::new_empty(stack, like.sizes(), computed)
                       : torch::stable::new_empty(stack, {0}, computed);
   };
-  Tensor grad_stack =
-      wanted[0] ? bracket.empty_stack() : torch::stable::new_empty(stack, {0}, bracket.radiance());
+  Tensor grad_stack = wanted[0] ? bracket.empty_stack() : torch::stable::new_empty(stack, {0}, bracket.radiance());
   Tensor grad_log_exposures = fresh(wanted[1], bracket.log_exposures);
   Tensor grad_curve = fresh(wanted[2], wanted[2] ? *bracket.curve : stack);
   if (grad_output.numel() == 0) {

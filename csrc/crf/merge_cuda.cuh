@@ -4,9 +4,9 @@
 //
 // Nothing of the bracket is known to the host, so two small kernels prepare the workspace: the frames' order by
 // exposure, with the flags of each image, and for 8-bit codes a table of (w, ln g). The frames are then summed in that
-// order, the next kFramesInFlight of them on their way from memory meanwhile. In two cases an element is taken the slow way, one
-// frame after the other in order of exposure and reading (next_frame): where frames have equal exposures, since the sum
-// must not depend on the order they were given in, and where the weights sum to nearly nothing.
+// order, the next kFramesInFlight of them on their way from memory meanwhile. In two cases an element is taken the slow
+// way, one frame after the other in order of exposure and reading (next_frame): where frames have equal exposures,
+// since the sum must not depend on the order they were given in, and where the weights sum to nearly nothing.
 //
 // An exposure that is not finite, or a weight that is negative or not finite, which the CPU refuses, makes the image
 // NaN: the host would have to wait for the device to see it.
@@ -102,7 +102,7 @@ struct MergeTables {
   const Vector<A, 2>* codes = nullptr;
   const A* curve = nullptr;
   const A* weight = nullptr;
-  A hinge[3];      // of a weight table of at most 3 entries: its first value and its two rises
+  A hinge[3];       // of a weight table of at most 3 entries: its first value and its two rises
   int channel = 0;  // between the tables of a stream's channels
 
   // The curve's tables that a stream has.
@@ -491,8 +491,8 @@ MergeLaunch<A> prepare_merge(const MergeParams<A>& params, const MergeTablesOf<A
     merge.code_table = codes;
     merge.code_stride_n = of.curve_images > 1 ? of.curve_channels : 0;
     merge.code_stride_c = of.curve_channels > 1 ? 1 : 0;
-    launch(code_table_kernel<A>, {dim3(unsigned(of.curves())), dim3(kCodes8)}, stream, p.curve,
-           p.curve_length, p.weight, p.weight_length, codes);
+    launch(code_table_kernel<A>, {dim3(unsigned(of.curves())), dim3(kCodes8)}, stream, p.curve, p.curve_length,
+           p.weight, p.weight_length, codes);
   }
   return merge;
 }

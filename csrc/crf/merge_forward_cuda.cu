@@ -3,9 +3,9 @@
 
 namespace hdrops {
 
-#define HDROPS_INSTANTIATE(T, Out, A)                                                                                \
-  template size_t merge_forward_workspace_bytes<T, Out, A>(const MergeParams<A>&, const MergeTablesOf<A>&);          \
-  template void merge_forward_cuda<T, Out, A>(const MergeParams<A>&, const MergeTablesOf<A>&, Out*, void*,           \
+#define HDROPS_INSTANTIATE(T, Out, A)                                                                       \
+  template size_t merge_forward_workspace_bytes<T, Out, A>(const MergeParams<A>&, const MergeTablesOf<A>&); \
+  template void merge_forward_cuda<T, Out, A>(const MergeParams<A>&, const MergeTablesOf<A>&, Out*, void*,  \
                                               cudaStream_t);
 HDROPS_INSTANTIATE(uint8_t, float, float)
 HDROPS_INSTANTIATE(uint8_t, double, double)

@@ -1,6 +1,6 @@
 // Forward pass of exposure merging on CUDA. One pass over the stack: a thread merges the elements of 16 bytes of the
-// output (or of the stack, where that is wider), a block a part of one stream. Shared memory: the tables of the stream's
-// channels, up to 48 KB.
+// output (or of the stack, where that is wider), a block a part of one stream. Shared memory: the tables of the
+// stream's channels, up to 48 KB.
 #pragma once
 #include "crf/merge_cuda.cuh"
 
@@ -19,8 +19,9 @@ __device__ __forceinline__ Out stored_radiance(A log_radiance) {
 }
 
 template <class T, class Out, class A>
-__global__ __launch_bounds__(kRunThreads, kMergeBlocks) void merge_forward_kernel(
-    const __grid_constant__ MergeLaunch<A> merge, Out* output) {
+__global__ __launch_bounds__(kRunThreads,
+                             kMergeBlocks) void merge_forward_kernel(const __grid_constant__ MergeLaunch<A> merge,
+                                                                     Out* output) {
   constexpr int V = kMergeVector<T, Out>;
   const int64_t index = blockIdx.x / merge.parts, part = blockIdx.x % merge.parts;
   const MergeStream<T, A> s(merge, index);

@@ -11,7 +11,8 @@ HDROPS_HD A positive_response(A entry) {
   return entry > 0 ? entry : A(kSmallestResponse);
 }
 
-// Where a table of `length` entries is read for an 8-bit code: at its own entry if it has one for each, else between two.
+// Where a table of `length` entries is read for an 8-bit code: at its own entry if it has one for each, else between
+// two.
 struct CodePlace {
   int64_t lower, upper;
   double fraction;

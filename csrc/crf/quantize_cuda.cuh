@@ -17,13 +17,14 @@ struct Quantize {
   const QuantizeParams& p;
   const T* input = nullptr;
   T* output = nullptr;
-  bool aligned = false;
+  bool aligned = false, aligned_output = false;
 
   __device__ __forceinline__ int start(const Run& run) {
     input = static_cast<const T*>(p.input) + run.offset;
     output = static_cast<T*>(p.output) + run.offset;
-    const int head = until_line(output, run.count);
+    const int head = until_line<T>(run);
     aligned = is_aligned<T, kRunVector<T>>(input + head);
+    aligned_output = is_aligned<T, kRunVector<T>>(output + head);
     return head;
   }
 
@@ -42,7 +43,7 @@ struct Quantize {
       const A x = load_as(pixels.value[k]), level = A(int32_t(clamp_to_unit(x) * last + A(0.5)));
       result.value[k] = store_as<T>(x == x ? level / last : x);
     }
-    store_elements<V>(output + i, result);
+    store_elements<V>(output + i, result, aligned_output);
   }
 
   __device__ __forceinline__ void pause() const {}
@@ -61,15 +62,16 @@ struct PassGradient {
   const T* input = nullptr;
   const T* grad_output = nullptr;
   T* grad_input = nullptr;
-  bool aligned_input = false, aligned_grad = false;
+  bool aligned_input = false, aligned_grad = false, aligned_result = false;
 
   __device__ __forceinline__ int start(const Run& run) {
     input = static_cast<const T*>(p.input) + run.offset;
     grad_output = static_cast<const T*>(p.grad_output) + run.offset;
     grad_input = static_cast<T*>(p.grad_input) + run.offset;
-    const int head = until_line(grad_input, run.count);
+    const int head = until_line<T>(run);
     aligned_input = is_aligned<T, kRunVector<T>>(input + head);
     aligned_grad = is_aligned<T, kRunVector<T>>(grad_output + head);
+    aligned_result = is_aligned<T, kRunVector<T>>(grad_input + head);
     return head;
   }
 
@@ -88,7 +90,7 @@ struct PassGradient {
       const bool passes = p.gradient_outside ? x - x == A(0) : x >= A(0) && x <= A(1);
       result.value[k] = passes ? item.grad.value[k] : store_as<T>(A(0));
     }
-    store_elements<V>(grad_input + i, result);
+    store_elements<V>(grad_input + i, result, aligned_result);
   }
 
   __device__ __forceinline__ void pause() const {}

@@ -1,6 +1,6 @@
-// How a block of threads walks its part of an image's pixels (lookup_layout.h): run by run, and in a run 16 bytes of the
-// widest tensor per thread and access, between a head and a tail of single pixels. Several vectors are loaded before the
-// first is used, so that a multiprocessor has some 32 KB on their way from memory.
+// How a block of threads walks its part of an image's pixels (lookup_layout.h): run by run, and in a run 16 bytes of
+// the widest tensor per thread and access, between a head and a tail of single pixels. Several vectors are loaded
+// before the first is used, so that a multiprocessor has some 32 KB on their way from memory.
 //
 // What is done with the pixels is an Op, one object per thread:
 //   Item<V>                     what it loads of V pixels
@@ -44,28 +44,35 @@ __device__ __forceinline__ Vector<T, V> load_elements(const T* from, bool aligne
   return loaded;
 }
 
-// The same for stores; V elements of 16 bytes, or one.
+// The same for stores.
 template <int V, class T>
-__device__ __forceinline__ void store_elements(T* to, const Vector<T, V>& vector) {
-  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+__device__ __forceinline__ void store_elements(T* to, const Vector<T, V>& vector, bool aligned) {
+  if (aligned || V == 1) {
+    *reinterpret_cast<Vector<T, V>*>(to) = vector;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < V; ++k) to[k] = vector.value[k];
 }
 
 // The first `count` of V elements, wherever they lie.
 template <class T, int V>
 __device__ __forceinline__ void store_some(T* to, const Vector<T, V>& vector, int count) {
-  if (count == V && is_aligned<T, V>(to)) return store_elements<V>(to, vector);
+  if (count == V && is_aligned<T, V>(to)) return store_elements<V>(to, vector, true);
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     if (k < count) to[k] = vector.value[k];
   }
 }
 
-// How many of the elements at `address` come before the next cache line, at most `count`.
+// How many elements of a run come before the first that is a whole number of cache lines into the tensor: by its place,
+// not its address, so that what threads add up together does not depend on where the memory lies. A tensor that torch
+// allocates begins at a line; one that does not is read and written element by element.
 template <class T>
-__device__ __forceinline__ int until_line(const T* address, int64_t count) {
+__device__ __forceinline__ int until_line(const Run& run) {
   constexpr int kLine = 128 / int(sizeof(T));
-  int before = int(-(reinterpret_cast<uintptr_t>(address) / sizeof(T)) & (kLine - 1));
-  return before < count ? before : int(count);
+  const int before = int(-run.offset & (kLine - 1));
+  return before < run.count ? before : int(run.count);
 }
 
 // Pixels [begin, end) of a run, V at a time, kInFlight vectors before the first is used. V divides their number.

@@ -63,8 +63,8 @@ def crf_lookup(
     * curve: the weights of its entries in y, summed over the pixels in float64.
 
     A NaN pixel gives NaN, a zero gradient, and nothing to the curve's gradient; infinite pixels count as the ends.
-    Positions are float32 (float64 for float64 input). All is bitwise equal for any number of CPU threads,
-    and from call to call on a GPU.
+    Positions are float32 (float64 for float64 input). All is bitwise equal for any number of CPU threads, and from call
+    to call on a GPU.
     Second derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
@@ -201,8 +201,8 @@ def value_histogram(input: Tensor, *, bins: int = 256, backend: str | None = Non
         backend: "cpu", "cuda", "reference", or None for the best that runs on the input's device.
 
     Returns:
-        [N, C, bins] in the input's dtype; the sums are float64. Bitwise equal for any number of threads, and from call to
-            call on a GPU.
+        [N, C, bins] in the input's dtype; the sums are float64. Bitwise equal for any number of CPU threads, and from
+        call to call on a GPU.
 
     The gradient of bin :math:`\lfloor v \rfloor` is :math:`1 / (2\,max(l, 1))` inside [-1, 1], ends included, and 0
     outside. A NaN pixel counts nowhere and has no gradient. Second derivatives, forward-mode AD and

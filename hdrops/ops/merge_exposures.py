@@ -56,8 +56,8 @@ def merge_exposures(
         by exposure, and those of equal exposure by reading.
 
     A reading that is NaN counts as masked; one that is NaN in every frame gives NaN. On a GPU, where a look at the
-    values would wait for the device, exposures that are not finite make their image NaN, and a table of weights that are
-    negative or not finite makes every image NaN; the CPU refuses them.
+    values would wait for the device, exposures that are not finite make their image NaN and weights that are negative
+    or not finite make every image NaN; the CPU refuses both.
 
     **Gradients** reach ``stack`` (the slope of ``curve``; zero where clamped), ``log_exposures`` and ``curve`` (zero
     where an entry was replaced). **Weights and mask are constants**: no gradient flows through w(z), as in the paper,
