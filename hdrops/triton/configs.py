@@ -35,7 +35,7 @@ _ANY = {
     ("forward", "tf32"): Config(64, 16, 64, 4, 2),
     ("forward", "float"): Config(32, 32, 64, 4, 2),
     ("forward", "double"): Config(32, 16, 32, 8, 1),
-    ("backward_data", "half"): Config(32, 16, 64, 4, 1),
+    ("backward_data", "half"): Config(32, 16, 32, 4, 1),
     ("backward_data", "tf32"): Config(32, 32, 32, 4, 2),
     ("backward_data", "float"): Config(32, 16, 32, 4, 1),
     ("backward_data", "double"): Config(32, 16, 16, 8, 1),
