@@ -9,11 +9,12 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
   // Deformable convolution, OP-1.
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, SymInt[2] stride, "
-      "SymInt[2] padding, SymInt[2] dilation) -> Tensor");
+      "SymInt[2] padding, SymInt[2] dilation, bool allow_tf32=False) -> Tensor");
   m.def(
       "_deform_conv2d_backward(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[5] output_mask, bool deterministic) "
-      "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_bias, Tensor grad_mask)");
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[5] output_mask, bool deterministic, "
+      "bool allow_tf32=False) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_bias, Tensor "
+      "grad_mask)");
 
   // Camera response curves: curve [N|1, C|1, L], input [N, C, P] in memory order (contiguous or channels last).
   m.def("crf_lookup(Tensor input, Tensor curve, str mode, float? gradient_scale) -> Tensor");

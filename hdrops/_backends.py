@@ -30,7 +30,7 @@ def can_run_cuda(tensor: Tensor) -> str | None:
     """For an operator with a CUDA kernel for every dtype it accepts."""
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device}"
-    return _load.cuda_status()
+    return _load.cuda_status() or _load.gpu_status(tensor.device)
 
 
 def can_run_triton(tensor: Tensor) -> str | None:

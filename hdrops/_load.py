@@ -63,6 +63,20 @@ def cuda_status() -> str | None:
     return None
 
 
+OLDEST_GPU = (7, 5)
+
+
+def gpu_status(device: torch.device) -> str | None:
+    """None if the CUDA kernels run on GPUs like ``device``, else the reason why not, in one line."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_GPU:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and the CUDA "
+        f"kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or later (pass backend='reference')"
+    )
+
+
 def simd_level() -> str:
     """The instruction set of the CPU kernels in this process (``HDROPS_SIMD`` asks for a lower one)."""
     names = ("baseline", "avx2", "avx512", "avx512_bf16")

@@ -60,6 +60,7 @@ def _deform_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    allow_tf32: bool = False,
 ) -> Any:
     """DeformConv has the operator's border rule and its order of offset channels."""
     from onnxscript import opset19

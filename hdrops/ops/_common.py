@@ -85,6 +85,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def allow_tf32(tensor: Tensor) -> bool:
+    """Whether torch's switch lets kernels multiply ``tensor``'s values in TensorFloat-32."""
+    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+        return False
+    # The newer name of torch.backends.cuda.matmul.allow_tf32, which raises once either name has set the other aside.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
     """Runs ``torch.ops.hdrops.<name>`` under autocast on what ``cast(ambient_dtype, *arguments)`` returns.
 

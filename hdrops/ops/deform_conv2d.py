@@ -63,14 +63,16 @@ def deform_conv2d(
     ``groups`` and ``offset_groups`` follow from the shapes. ``out_h`` is ``(H + 2*padding - dilation*(kh-1) - 1) //
     stride + 1``, likewise ``out_w``. The dtype is float64, float32, bfloat16 or float16; offset and mask have the
     input's or, beside a 16-bit input, float32, which offsets of more than a few pixels need. Coordinates and sums are
-    float32 for 16-bit and 32-bit data. Under autocast input, weight and bias take the ambient dtype, offset and mask
+    float32 for 16-bit and 32-bit data. On a GPU, 16-bit samples are rounded to their dtype before they are multiplied, and
+    float32 factors to TensorFloat-32 where ``torch.backends.cuda.matmul`` allows it. Under autocast input, weight and bias take the ambient dtype, offset and mask
     keep their precision.
 
     Returns:
         [N, O, out_h, out_w] in the input's dtype and memory format.
 
     Gradients flow to input, offset, weight, bias and mask, each computed only if asked for. At an integer coordinate
-    the offset's is the right-hand derivative. On the CPU they are bitwise equal for any number of threads. Second
+    the offset's is the right-hand derivative. On the CPU they are bitwise equal for any number of threads; on a GPU the
+    input's is repeatable under ``torch.use_deterministic_algorithms(True)``, the others always. Second
     derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
 
     Raises:
@@ -107,7 +109,9 @@ def deform_conv2d(
             return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     _common.refuse_functional_transforms(op, input, offset, weight, bias, mask)
     kernels = torch.ops.hdrops._deform_conv2d_triton if chosen == "triton" else torch.ops.hdrops.deform_conv2d
-    output: Tensor = kernels.default(input, offset, weight, bias, mask, stride, padding, dilation)
+    output: Tensor = kernels.default(
+        input, offset, weight, bias, mask, stride, padding, dilation, _common.allow_tf32(input)
+    )
     return output
 
 
@@ -250,6 +254,7 @@ def _fake(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    allow_tf32: bool = False,
 ) -> Tensor:
     shape = (input.shape[0], weight.shape[0], *output_size(input, weight, stride, padding, dilation))
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_common.memory_format(input))
@@ -266,6 +271,7 @@ def _fake_backward(
     dilation: Sequence[int],
     output_mask: Sequence[bool],
     deterministic: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     def like(tensor: Tensor, wanted: bool, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         shape = tensor.shape if wanted else (0,)
@@ -282,7 +288,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, offset, weight, _, mask, *ctx.geometry = inputs
+    input, offset, weight, _, mask, *ctx.geometry, ctx.allow_tf32 = inputs
     ctx.save_for_backward(input, offset, weight, mask)
 
 
@@ -351,8 +357,9 @@ def _register(name: str, backward_name: str) -> None:
             *ctx.geometry,
             output_mask,
             torch.are_deterministic_algorithms_enabled(),
+            ctx.allow_tf32,
         )
-        return *_common.none_if_unwanted(gradients, output_mask), None, None, None
+        return *_common.none_if_unwanted(gradients, output_mask), None, None, None, None
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """Batches over images are folded into N; batches of weights are run one by one."""
