@@ -138,11 +138,14 @@ class DeformConv2dCase:
     def tensors(
         self, dtype: torch.dtype = torch.float64, coordinates: torch.dtype | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The tensor arguments that the case has, by name; offset and mask in ``coordinates`` or else ``dtype``."""
-        random = torch.Generator().manual_seed(seed)
+        """The tensor arguments that the case has, by name; offset and mask in ``coordinates`` or else ``dtype``.
+
+        They are on torch's default device, with the same values on each.
+        """
+        random, device = torch.Generator().manual_seed(seed), torch.get_default_device()
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random, dtype=torch.float64)
+            return torch.randn(shape, generator=random, dtype=torch.float64, device="cpu").to(device)
 
         taps = self.offset_groups * self.kernel[0] * self.kernel[1]
         offset = normal(self.n, 2 * taps, *self.output_size) * self.reach

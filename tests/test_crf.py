@@ -15,6 +15,9 @@ import hdrops
 from hdrops.reference import crf as reference
 from hdrops.testing import assert_close
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CURVES = {"shared": None, "per image": (2, 1), "per channel": (1, 3), "per image and channel": (2, 3)}
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
@@ -99,6 +102,7 @@ def test_many_parts_and_fine_curves(mode, kind, layout):
     assert_close(grad_curve, want_curve, terms=input.numel() // levels, scale=1.0)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_outputs_stored_past_the_caches(layout):
     """More than 16 MiB of pixels, at addresses that are no multiple of a vector."""
@@ -148,7 +152,7 @@ def test_nearest_rounds_ties_to_even():
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_knots_and_ends(backend, dtype):
     """At a knot the right segment's slope; at 1 the last value exactly, slope 0; outside the ends, slope 0."""
@@ -168,7 +172,7 @@ def test_knots_and_ends(backend, dtype):
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 @pytest.mark.parametrize("mode", ["linear", "nearest"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 37])
@@ -272,6 +276,7 @@ def test_only_the_gradients_asked_for(wanted):
     assert [gradient.numel() > 0 for gradient in gradients] == list(wanted)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("kind", CURVES)
 def test_bitwise_equal_for_any_thread_count(threads, codes, kind):
@@ -324,6 +329,7 @@ def test_random_geometry_equals_reference(shape, levels, per_image, per_channel,
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.cpu
 def test_a_response_curve_of_a_camera_inverts(data):
     """A published response and its inverse undo each other."""
     rows = (data / "crf" / "emor.txt").read_text().split("f0 =")[1].split()[:1024]
@@ -359,7 +365,7 @@ def test_tents_gradcheck_and_order():
         torch.testing.assert_close(output[:, k], (1 - scale * (input - level).abs()).relu())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 def test_tents_at_peaks_and_odd_values(backend):
     input = torch.tensor([0.0, 0.25, 0.5, 1.0, -INF, INF, NAN, 1e30, -0.25]).reshape(1, 1, 1, 9).requires_grad_()
     output = hdrops.tent_histogram(input, bins=(4,), backend=backend)
@@ -392,7 +398,7 @@ def test_value_histogram_gradcheck_and_limits():
     input = (2 * pixels(2, 2, 3, 3, levels=6) - 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: hdrops.value_histogram(x, bins=6), input)
     odd = torch.tensor([-1.0, 1.0, -2.0, 2.0, NAN, -INF, INF]).reshape(1, 1, 1, 7)
-    for backend in ("cpu", "reference"):
+    for backend in (DEVICE, "reference"):
         output, (slope,) = gradients(
             lambda x, backend=backend: hdrops.value_histogram(x, bins=5, backend=backend), torch.ones(1, 1, 5), odd
         )
@@ -426,7 +432,7 @@ def test_quantize_equals_reference(dtype, layout, gradient):
     assert_close(grad_input, want)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 def test_quantize_at_the_ends(backend):
     input = torch.tensor([0.0, 1.0, -0.1, 1.1, -INF, INF, NAN])
     for gradient, passed in [("inside", [1, 1, 0, 0, 0, 0, 0]), ("everywhere", [1, 1, 1, 1, 0, 0, 0])]:
@@ -568,6 +574,7 @@ print(hdrops._load.simd_level())
 """
 
 
+@pytest.mark.cpu
 def test_every_instruction_set_agrees(tmp_path):
     """The levels below this machine's best, each in a process of its own, with the best."""
     best = hdrops._load.simd_level()

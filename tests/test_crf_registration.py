@@ -7,6 +7,9 @@ from torch import Tensor
 import hdrops
 from hdrops.testing import assert_close
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 OPS = torch.ops.hdrops
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -186,7 +189,7 @@ def test_autocast_changes_nothing():
     curve = torch.rand(1024, requires_grad=True)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.rand(1, 3, 6, 7).to(dtype).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             output = hdrops.crf_lookup(x, curve)
         assert output.dtype == dtype
         assert_close(output, hdrops.reference.crf.crf_lookup(x.double(), curve.double()))

@@ -18,6 +18,9 @@ from hdrops.testing import DEFORM_CONV2D_CASES as GEOMETRIES
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.testing import assert_close, rounded_products
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 NAMES = ("input", "offset", "weight", "bias", "mask")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,7 +53,7 @@ def _run(function, tensors: dict[str, Tensor], case: Case, grad_output: Tensor |
 
 def gradient_like(case: Case, dtype: torch.dtype) -> Tensor:
     shape = (case.n, case.out_channels, *case.output_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(1), dtype=torch.float64).to(dtype)
 
 
 def assert_all_close(
@@ -235,6 +238,7 @@ def test_each_subset_of_gradients(wanted: tuple[str, ...]) -> None:
             assert leaf.grad is None, name
 
 
+@pytest.mark.cpu
 @pytest.mark.asan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -258,6 +262,7 @@ def test_bitwise_equal_for_any_thread_count(case: Case, dtype: torch.dtype, thre
             assert torch.equal(tensor, other[name]), name
 
 
+@pytest.mark.cpu
 @pytest.mark.asan
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "both_groups", "tall_and_far"])
@@ -470,6 +475,7 @@ torch.save((hdrops._load.simd_level(), results), sys.argv[2])
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_every_simd_level(level: str, tmp_path) -> None:
     levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
@@ -614,12 +620,14 @@ print(threads_after(16) - before, threads_after(256) > before)
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 def test_small_calls_wake_no_thread() -> None:
     result = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["0", "True"]
 
 
+@pytest.mark.cpu
 def test_other_backends_and_devices() -> None:
     case = Case()
     tensors = case.tensors(torch.float32)
@@ -660,6 +668,7 @@ def test_positional_call_in_torchvisions_order() -> None:
     assert torch.equal(positional, run(tensors, case)["output"])
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("module", ["hdrops.ops.deform_conv2d", "hdrops.nn"])
 def test_the_docstrings_examples_run(module: str) -> None:
     results = doctest.testmod(sys.modules[module])

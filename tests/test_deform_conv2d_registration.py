@@ -10,6 +10,9 @@ import hdrops
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.testing import assert_close, rounded_products
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 OP = torch.ops.hdrops.deform_conv2d.default
 BACKWARD = torch.ops.hdrops._deform_conv2d_backward.default
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -154,7 +157,7 @@ def test_compiles_under_autocast() -> None:
     tensors = case.tensors(torch.float32)
 
     def function(tensors: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             return hdrops.deform_conv2d(**tensors, **case.geometry)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(tensors)
@@ -276,7 +279,7 @@ def test_autocast_follows_the_ambient_dtype_and_keeps_coordinates(given: torch.d
     tensors = case.tensors(torch.float32)
     tensors["input"] = tensors["input"].to(given)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    with torch.autocast("cpu", dtype=ambient):
+    with torch.autocast(DEVICE, dtype=ambient):
         output = hdrops.deform_conv2d(**leaves, **case.geometry)
         raw = OP(*(leaves[name] for name in NAMES), *([1, 1],) * 3)
     assert output.dtype == ambient
@@ -293,7 +296,7 @@ def test_autocast_takes_offsets_of_another_dtype(dtype: torch.dtype) -> None:
     case = Case()
     tensors = case.tensors(torch.float32)
     tensors["offset"] = tensors["offset"].to(dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output = hdrops.deform_conv2d(**tensors, **case.geometry)
         same = hdrops.deform_conv2d(**{**tensors, "offset": tensors["offset"].float()}, **case.geometry)
     assert torch.equal(output, same)
@@ -301,7 +304,7 @@ def test_autocast_takes_offsets_of_another_dtype(dtype: torch.dtype) -> None:
 
 def test_autocast_leaves_float64_alone() -> None:
     tensors = Case().tensors(torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert hdrops.deform_conv2d(**tensors, padding=1).dtype == torch.float64
         with pytest.raises(TypeError, match=r"weight must have the input's dtype torch.float64, got torch.bfloat16"):
             hdrops.deform_conv2d(**{**tensors, "weight": tensors["weight"].float()}, padding=1)
@@ -310,7 +313,7 @@ def test_autocast_leaves_float64_alone() -> None:
 def test_autocast_of_the_reference_backend() -> None:
     case = Case()
     tensors = case.tensors(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output = hdrops.deform_conv2d(**tensors, **case.geometry, backend="reference")
         kernels = hdrops.deform_conv2d(**tensors, **case.geometry)
     rounded = {name: t if name in ("offset", "mask") else t.bfloat16() for name, t in tensors.items()}

@@ -342,7 +342,8 @@ def test_deterministic_mode_is_bitwise_repeatable(emulated, name: str, dtype: to
     tensors, grad_output = case.tensors(dtype), gradient_like(case, dtype)
     for deterministic in (False, True):
         first, *others = (
-            run(emulated, tensors, case, grad_output, Mode(deterministic=deterministic, seed=seed)) for seed in (1, 2, 3)
+            run(emulated, tensors, case, grad_output, Mode(deterministic=deterministic, seed=seed))
+            for seed in (1, 2, 3)
         )
         for other in others:
             for key in first:

@@ -16,6 +16,9 @@ import hdrops
 from hdrops.reference.merge_exposures import merge_exposures as reference
 from hdrops.testing import TOLERANCES, assert_close
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 OP = torch.ops.hdrops.merge_exposures.default
 LEVELS = {torch.uint8: 256, torch.uint16: 65536}
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -134,7 +137,7 @@ def test_the_formula_written_out():
     weights = torch.tensor([0.4, 1.0, 0.2])
     estimates = (torch.tensor([0.2, 0.5, 0.9]) / times[0]).log()
     wanted = ((weights * estimates).sum() / weights.sum()).exp()
-    for backend in ("cpu", "reference"):
+    for backend in (DEVICE, "reference"):
         radiance = hdrops.merge_exposures(stack, times.log(), backend=backend)
         torch.testing.assert_close(radiance.flatten()[0], wanted, rtol=1e-5, atol=0)
 
@@ -206,7 +209,8 @@ def memorial(data: Path) -> Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2)[None]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.cpu
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 def test_gold_log_radiance_of_room(data, backend):
     stack, gold = room(data), np.load(data / "ref" / "room_merge_gold.npz")
     times, curve = (
@@ -222,6 +226,7 @@ def test_gold_log_radiance_of_room(data, backend):
         assert (got - torch.from_numpy(gold[name])).abs().max() < 1e-5, name
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("bracket_name", ["room", "memorial"])
 @pytest.mark.parametrize("version", ["o4", "o5"])
 def test_opencv_radiance_with_its_response_and_channel_mean_weights(data, bracket_name, version):
@@ -244,7 +249,7 @@ def test_opencv_radiance_with_its_response_and_channel_mean_weights(data, bracke
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clipped_in_every_frame(dtype, backend):
     white = torch.full((1, 3, 3, 2, 2), 1.0 if dtype not in LEVELS else LEVELS[dtype] - 1).to(dtype)
@@ -258,7 +263,7 @@ def test_clipped_in_every_frame(dtype, backend):
     assert (dark > 0).all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 @pytest.mark.parametrize(
     ("codes", "masked", "frame"),
     [
@@ -312,7 +317,7 @@ def test_longer_times_mean_less_radiance(dtype):
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nan_counts_as_masked(dtype, backend):
     stack, times = bracket(dtype, 1, 3), log_times(3).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -336,7 +341,7 @@ def test_readings_outside_are_clamped():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [DEVICE, "reference"])
 def test_radiance_is_positive_and_finite_at_extreme_times(dtype, backend):
     stack = bracket(dtype, 1, 3)
     for shift in (-80.0, 80.0):
@@ -362,7 +367,7 @@ def test_entries_that_are_not_positive_count_as_the_smallest_response():
 
 @pytest.mark.asan
 def test_empty_batch():
-    for backend in ("cpu", "reference"):
+    for backend in (DEVICE, "reference"):
         times = torch.zeros(1, 3, requires_grad=True)
         radiance = hdrops.merge_exposures(torch.rand(0, 3, 3, 4, 5), times, backend=backend)
         assert radiance.shape == (0, 3, 4, 5)
@@ -451,6 +456,7 @@ def test_only_asked_gradients_are_computed():
             assert torch.equal(some[j], every[j]) if j == k else some[j].numel() == 0
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_any_number_of_threads_gives_the_same_bits(dtype, interleaved, threads):
@@ -555,8 +561,8 @@ def test_vmap_equals_a_loop(in_dims):
 
 def test_autocast_merges_half_precision_in_float32():
     stack, times = bracket(torch.bfloat16), log_times(4).float()
-    for backend in ("cpu", "reference"):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+    for backend in (DEVICE, "reference"):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             radiance = hdrops.merge_exposures(stack, times, backend=backend)
         assert torch.equal(radiance, hdrops.merge_exposures(stack.float(), times, backend=backend))
 
@@ -590,6 +596,7 @@ print(hdrops._load.simd_level())
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_agree(level, tmp_path):
     levels = ["baseline", "avx2", "avx512", "avx512_bf16"]

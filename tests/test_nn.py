@@ -11,6 +11,9 @@ from torch import Tensor
 import hdrops
 from hdrops.nn import DeformConv2d, ModulatedDeformConv2d
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 
 def randomised(layer: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
     with torch.no_grad():
@@ -116,7 +119,7 @@ def test_modules_move_to_a_dtype(dtype: torch.dtype) -> None:
 
 def test_autocast_predicts_and_samples_in_the_ambient_dtype() -> None:
     layer = randomised(ModulatedDeformConv2d(4, 6, 3, padding=1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output = layer(torch.randn(1, 4, 8, 9))
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()

@@ -15,6 +15,9 @@ import hdrops
 from hdrops.reference.truncate import truncate as reference
 from hdrops.testing import assert_close
 
+pytestmark = pytest.mark.device
+DEVICE = torch.get_default_device().type
+
 OP = torch.ops.hdrops.truncate.default
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -49,7 +52,7 @@ def test_the_process_written_out():
     for y, x in ((0, 0), (8, 3), (4, 4), (1, 7)):
         base = box(slope, y, x) * plane[y, x] + box(shift, y, x)
         wanted = base.clamp(0, 1) * plane[y, x] / (base + 1e-15)
-        for backend in ("cpu", "reference"):
+        for backend in (DEVICE, "reference"):
             torch.testing.assert_close(hdrops.truncate(pixels, backend=backend)[0, 0, y, x], wanted)
 
 
@@ -111,7 +114,7 @@ def test_strided_images():
 def test_nan_spreads_over_its_boxes_only():
     pixels = image(1, 1, 20, 20)
     pixels[0, 0, 10, 10] = torch.nan
-    for backend in ("cpu", "reference"):
+    for backend in (DEVICE, "reference"):
         wrong = hdrops.truncate(pixels, backend=backend).isnan()
         assert wrong[0, 0, 6:15, 6:15].all() and int(wrong.sum()) == 81
 
@@ -132,6 +135,7 @@ def test_a_clipped_base_passes_no_gradient_of_its_own():
     torch.testing.assert_close(result, torch.zeros_like(result), atol=1e-12, rtol=0)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_any_number_of_threads_gives_the_same_bits(channels_last, threads):
     pixels, output_gradient = image(2, 3, 300, 70, channels_last=channels_last), torch.randn(2, 3, 300, 70)
@@ -195,8 +199,8 @@ def test_vmap_equals_a_loop(dim):
 
 def test_autocast_keeps_float32():
     pixels = image(1, 3, 8, 9, dtype=torch.bfloat16)
-    for backend in ("cpu", "reference"):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+    for backend in (DEVICE, "reference"):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             output = hdrops.truncate(pixels, backend=backend)
         assert torch.equal(output, hdrops.truncate(pixels.float(), backend=backend))
 
@@ -222,6 +226,7 @@ print(hdrops._load.simd_level())
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_instruction_sets_agree(level, tmp_path):
     levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
