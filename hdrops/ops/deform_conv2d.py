@@ -64,8 +64,8 @@ def deform_conv2d(
     stride + 1``, likewise ``out_w``. The dtype is float64, float32, bfloat16 or float16; offset and mask have the
     input's or, beside a 16-bit input, float32, which offsets of more than a few pixels need. Coordinates and sums are
     float32 for 16-bit and 32-bit data. On a GPU, 16-bit samples are rounded to their dtype before they are multiplied,
-    and float32 factors to TensorFloat-32 where ``torch.backends.cuda.matmul`` allows it. Under autocast input, weight and
-    bias take the ambient dtype, offset and mask keep their precision.
+    and float32 factors to TensorFloat-32 where ``torch.backends.cuda.matmul`` allows it. Under autocast input, weight
+    and bias take the ambient dtype, offset and mask keep their precision.
 
     Returns:
         [N, O, out_h, out_w] in the input's dtype and memory format.
