@@ -1,12 +1,15 @@
 """How deform_conv2d is registered with PyTorch: fake kernels, autograd, autocast, vmap, compile and export."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import hdrops
+from hdrops import _backends, _load
+from hdrops.ops import _common
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.testing import assert_close, rounded_products
 
@@ -414,3 +417,78 @@ def test_passes_torchs_determinism_to_the_backward_operator() -> None:
             torch.use_deterministic_algorithms(False)
     only_weight = [False, False, True, False, False]
     assert seen == [(only_weight, False), (only_weight, True)]
+
+
+def test_passes_the_tf32_switch_to_both_operators(monkeypatch) -> None:
+    monkeypatch.setattr(_common, "allow_tf32", lambda tensor: True)
+    seen = {}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func] = args
+            return func(*args, **(kwargs or {}))
+
+    case = Case()
+    tensors = case.tensors(torch.float32)
+    weight = tensors["weight"].clone().requires_grad_()
+    with Watch():
+        hdrops.deform_conv2d(**{**tensors, "weight": weight}, **case.geometry).sum().backward()
+    assert len(seen[OP]) == 9
+    assert seen[OP][-1] is True
+    assert len(seen[BACKWARD]) == 11
+    assert seen[BACKWARD][-1] is True
+
+
+@pytest.fixture
+def matmul_precision():
+    """torch's switch, by its newer name; restored afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def test_tf32_follows_torchs_switch(matmul_precision) -> None:
+    def of(device: str, dtype: torch.dtype) -> bool:
+        return _common.allow_tf32(SimpleNamespace(device=torch.device(device), dtype=dtype))
+
+    for precision, allowed in (("ieee", False), ("tf32", True)):
+        matmul_precision.fp32_precision = precision
+        assert of("cuda", torch.float32) is allowed
+        assert not of("cuda", torch.bfloat16)
+        assert not of("cuda", torch.float64)
+        assert not of("cpu", torch.float32)
+
+
+def test_compiled_calls_follow_the_tf32_switch(matmul_precision) -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(tensor: Tensor) -> Tensor:
+        return tensor + 1 if _common._matmul_allows_tf32() else tensor
+
+    for precision, wanted in (("ieee", 0), ("tf32", 1), ("ieee", 0)):
+        matmul_precision.fp32_precision = precision
+        assert function(torch.zeros(())) == wanted
+
+
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(_load, "cuda_status", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    tensor = SimpleNamespace(device=torch.device("cuda", 0))
+    reason = _backends.can_run_cuda(tensor)
+    assert reason == (
+        "Tesla V100 has compute capability 7.0, and the CUDA kernels need 7.5 or later (pass backend='reference')"
+    )
+    with pytest.raises(NotImplementedError, match=r"deform_conv2d: backend cuda cannot run this call: Tesla V100"):
+        _backends.choose("deform_conv2d", tensor, "cuda", {"cuda": _backends.can_run_cuda})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert _backends.can_run_cuda(tensor) is None
+
+
+def test_mixed_devices_are_refused() -> None:
+    tensors = Case().tensors(torch.float32)
+    for name in ("offset", "weight", "bias", "mask"):
+        with pytest.raises(ValueError, match=rf"deform_conv2d: {name} must be on input's device cpu, got meta"):
+            hdrops.deform_conv2d(**{**tensors, name: tensors[name].to("meta")}, padding=1)

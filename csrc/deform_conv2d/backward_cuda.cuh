@@ -117,7 +117,7 @@ struct Backward {
     using Shape = TileShape<T>;
     WeightSide<T> side{};
     side.samples = SampleSource<T>::of(p);
-    side.batch = p.batch, side.image_pixels = p.height * p.width;
+    side.batch = int(p.batch), side.image_pixels = p.height * p.width;
     side.channels = int(channels.total), side.outputs = int(outputs.total);
     side.group_channels = int(group_channels()), side.group_outputs = int(group_outputs());
     side.offset_group_channels = int(channels.total / p.offset_groups);
@@ -125,7 +125,7 @@ struct Backward {
     side.chunks_per_group = int(ceil_div<int64_t>(side.group_channels, Shape::kColumns));
     side.output_tiles = int(ceil_div<int64_t>(side.group_outputs, Shape::kRows));
     side.offset_groups_per_chunk = offset_groups_per_chunk();
-    side.steps_per_image = ceil_div<int64_t>(p.out_pixels(), Shape::kDepth);
+    side.steps_per_image = int(ceil_div<int64_t>(p.out_pixels(), Shape::kDepth));
     side.splits = count_splits(side);
     return side;
   }

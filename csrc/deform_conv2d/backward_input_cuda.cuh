@@ -121,16 +121,15 @@ struct SampleGradient {
   Real y, x, mask;
 };
 
-template <class T, class Real, int kVector>
-__device__ __forceinline__ SampleGradient<Real> sample_gradient(const Vector<T, kVector> (&corner)[4],
-                                                                const Real* gradient, Real fraction_y, Real fraction_x,
-                                                                Real mask) {
+template <class T, class Real>
+__device__ __forceinline__ SampleGradient<Real> sample_gradient(const CellVectors<T>& corners, const Real* gradient,
+                                                                Real fraction_y, Real fraction_x, Real mask) {
   Real dot[4] = {};
 #pragma unroll
-  for (int c = 0; c < kVector; ++c) {
+  for (int c = 0; c < kVector16<T>; ++c) {
     Real g = gradient[c];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) dot[k] += g * load_as(corner[k].value[c]);
+    for (int k = 0; k < 4; ++k) dot[k] += g * corners.value(k, c);
   }
   Real left = 1 - fraction_x, low = left * dot[0] + fraction_x * dot[1], high = left * dot[2] + fraction_x * dot[3];
   Real slope = (1 - fraction_y) * (dot[1] - dot[0]) + fraction_y * (dot[3] - dot[2]);
@@ -172,10 +171,9 @@ __device__ __forceinline__ void offset_gradients(const InputSide<T>& p, const In
     SampleGradient<Real> sum{0, 0, 0};
     int row = samples.row[at];
     if (exists && row != samples.kOutside) {
-      Vector<T, kVector> corner[4];
-      load_corners(image, p.channels, int64_t(p.samples.width) * p.channels, Cell::at(p.samples, row, samples.column[at]),
-                   corner);
-      sum = sample_gradient(corner, memory.gradient + pixel * Memory::kGradientStride + lane * kVector,
+      auto corners = CellVectors<T>::load(image, p.channels, int64_t(p.samples.width) * p.channels,
+                                          Cell::at(p.samples, row, samples.column[at]));
+      sum = sample_gradient(corners, memory.gradient + pixel * Memory::kGradientStride + lane * kVector,
                             samples.fraction_y[at], samples.fraction_x[at], samples.mask[at]);
     }
     sum.y = sum_lanes<kLanes>(sum.y, remaining);

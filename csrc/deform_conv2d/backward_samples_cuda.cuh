@@ -1,67 +1,26 @@
-// What the blocks of the two backward kernels share: the channels-last layout they read, and the samples of a tile.
+// What the blocks of the two backward kernels share: the samples of a tile of pixels.
 //
-// Channels lie last in memory. Weight groups and offset groups cut them into runs of gcd(C / groups, C / offset_groups)
-// channels, and each run is padded by zeros to whole 16-byte vectors: a vector then belongs to one weight group and one
-// offset group, and either group is a range of whole vectors. Outputs lie likewise, a run being those of a weight group.
+// They read channels last, input and grad_output alike: pixels of whole 16-byte vectors, in the runs of
+// samples_cuda.cuh; an output's run is a weight group.
 #pragma once
-#include "common/device.cuh"
-#include "common/sampling.h"
-#include "deform_conv2d/params.h"
+#include "deform_conv2d/samples_cuda.cuh"
 
 namespace hdrops::deform_conv2d {
 
-// Channels in runs of `run`, each padded to `padded`; all in all `total`.
-struct Runs {
-  int64_t run, padded, total;
-
-  static Runs of(int64_t run, int64_t count, int vector) {
-    int64_t padded = round_up<int64_t>(run, vector);
-    return {run, padded, padded * count};
-  }
-  bool has_padding() const { return run != padded; }
-  HDROPS_HD int64_t position(int64_t channel) const { return channel / run * padded + channel % run; }
-};
-
-inline int64_t greatest_common_divisor(int64_t a, int64_t b) {
-  return b == 0 ? a : greatest_common_divisor(b, a % b);
-}
-
-template <class T>
-Runs input_runs(const Params& p) {
-  int64_t run = greatest_common_divisor(p.in_channels / p.groups, p.in_channels / p.offset_groups);
-  return Runs::of(run, p.in_channels / run, kVector16<T>);
-}
 template <class T>
 Runs output_runs(const Params& p) {
   return Runs::of(p.out_channels / p.groups, p.groups, kVector16<T>);
 }
 
-// What samples are made from.
-template <class T>
-struct SampleSource {
-  int64_t out_pixels;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int height, width, out_width, kernel_w, taps, offset_groups;
-  bool offset_is_float, mask_is_float;
-  const void *offset, *mask;
-
-  static SampleSource of(const Params& p) {
-    return {p.out_pixels(),    p.stride_h,     p.stride_w,      p.pad_h,           p.pad_w,
-            p.dilation_h,      p.dilation_w,   int(p.height),   int(p.width),      int(p.out_width),
-            int(p.kernel_w),   int(p.taps()),  int(p.offset_groups), p.offset_is_float, p.mask_is_float,
-            p.offset,          p.mask};
-  }
-};
-
 // Consecutive output pixels of one image, from `first` on, which lies at (row, column).
 struct PixelTile {
-  int64_t image, first;
-  int count, row, column;
+  int64_t first;
+  int image, count, row, column;
 
   template <class T>
-  __device__ __forceinline__ static PixelTile at(const SampleSource<T>& s, int64_t image, int64_t first, int most) {
+  __device__ __forceinline__ static PixelTile at(const SampleSource<T>& s, int image, int64_t first, int most) {
     int64_t row = first / s.out_width, left = s.out_pixels - first;
-    return {image, first, left < most ? int(left) : most, int(row), int(first - row * s.out_width)};
+    return {first, image, left < most ? int(left) : most, int(row), int(first - row * s.out_width)};
   }
 };
 
@@ -84,10 +43,7 @@ struct Samples {
   }
 };
 
-template <class T, class Real>
-__device__ __forceinline__ Real load_as_of(const void* tensor, bool is_real, int64_t at) {
-  return is_real ? static_cast<const Real*>(tensor)[at] : Real(load_as(static_cast<const T*>(tensor)[at]));
-}
+// To an element of a tensor of T, or of the sums' type.
 template <class T, class Real>
 __device__ __forceinline__ void store_as_of(Real value, void* tensor, bool is_real, int64_t at) {
   if (is_real) {
@@ -95,12 +51,6 @@ __device__ __forceinline__ void store_as_of(Real value, void* tensor, bool is_re
   } else {
     static_cast<T*>(tensor)[at] = store_as<T>(value);
   }
-}
-
-// Position in `mask` of an image's first pixel, and half of that of its dy in `offset`.
-template <class T>
-__device__ __forceinline__ int64_t sample_plane(const SampleSource<T>& s, int64_t image, int offset_group, int tap) {
-  return ((image * s.offset_groups + offset_group) * s.taps + tap) * s.out_pixels;
 }
 
 // All threads together write the samples of `count` offset groups from `first_group` on.
@@ -143,20 +93,32 @@ struct Cell {
   }
 };
 
-// Vectors of the four corners' channels, zeros where a corner does not exist; `image` points at the vector in the
-// image's first pixel.
-template <class T, int N>
-__device__ __forceinline__ void load_corners(const T* image, int pixel_stride, int64_t row_stride, const Cell& cell,
-                                             Vector<T, N> (&corner)[4]) {
-  const T* first = image + cell.pixel * pixel_stride;
-  const bool there[4] = {cell.top && cell.left, cell.top && cell.right, cell.bottom && cell.left,
-                         cell.bottom && cell.right};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    corner[k] = {};
-    const T* from = first + k / 2 * row_stride + k % 2 * pixel_stride;
-    if (there[k]) corner[k] = load_global(reinterpret_cast<const Vector<T, N>*>(from));
+// One 16-byte vector of channels at the four corners of a cell, zeros where a corner does not exist. Kept in words until
+// it is used: 16-bit values would take a register each.
+template <class T>
+struct CellVectors {
+  using Words = Vector<uint32_t, 4>;
+  Words of[4];
+
+  // `image` points at the vector in the image's first pixel.
+  __device__ __forceinline__ static CellVectors load(const T* image, int pixel_stride, int64_t row_stride,
+                                                     const Cell& cell) {
+    CellVectors vectors{};
+    const T* upper = image + cell.pixel * pixel_stride;
+    const T* lower = upper + row_stride;
+    if (cell.top && cell.left) vectors.of[0] = load_global(reinterpret_cast<const Words*>(upper));
+    if (cell.top && cell.right) vectors.of[1] = load_global(reinterpret_cast<const Words*>(upper + pixel_stride));
+    if (cell.bottom && cell.left) vectors.of[2] = load_global(reinterpret_cast<const Words*>(lower));
+    if (cell.bottom && cell.right) vectors.of[3] = load_global(reinterpret_cast<const Words*>(lower + pixel_stride));
+    return vectors;
   }
-}
+  __device__ __forceinline__ device_acc_t<T> value(int corner, int channel) const {
+    union {
+      Words words;
+      Vector<T, kVector16<T>> vector;
+    } loaded = {of[corner]};
+    return load_as(loaded.vector.value[channel]);
+  }
+};
 
 }  // namespace hdrops::deform_conv2d

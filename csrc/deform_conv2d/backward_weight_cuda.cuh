@@ -22,7 +22,8 @@ template <class T>
 struct WeightSide {
   using Real = device_acc_t<T>;
   SampleSource<T> samples;
-  int64_t batch, image_pixels;
+  int64_t image_pixels;
+  int batch, steps_per_image;  // steps of kDepth pixels
   int channels, outputs;                  // padded, of all groups: strides of input and grad_output
   int group_channels, group_outputs;      // padded, of one weight group
   int offset_group_channels;              // padded, of one offset group
@@ -30,7 +31,6 @@ struct WeightSide {
   int chunks_per_group, output_tiles;     // of a weight group: tiles of kColumns channels and kRows outputs
   int offset_groups_per_chunk;            // at most
   int splits;
-  int64_t steps_per_image;                // of kDepth pixels
   const T *input, *grad_output;           // channels last
   Real* sums;                             // [split][group][tap][output][channel]
 
@@ -50,8 +50,8 @@ struct WeightTile {
     int index = blockIdx.x;
     int chunk = index % p.chunks_per_group;
     index /= p.chunks_per_group;
-    int tap = index % p.samples.taps;
-    index /= p.samples.taps;
+    int taps = int(p.samples.taps), tap = index % taps;
+    index /= taps;
     int output_tile = index % p.output_tiles;
     index /= p.output_tiles;
     int first_channel = chunk * kColumns;
@@ -95,9 +95,8 @@ __device__ __forceinline__ void gather_columns(const WeightSide<T>& p, const Pix
     Vector<T, kVector> column{};
     int row = samples.row[plan + pixel];
     if (exists && row != samples.kOutside) {
-      Vector<T, kVector> corner[4];
-      load_corners(image, p.channels, int64_t(p.samples.width) * p.channels,
-                   Cell::at(p.samples, row, samples.column[plan + pixel]), corner);
+      auto corners = CellVectors<T>::load(image, p.channels, int64_t(p.samples.width) * p.channels,
+                                          Cell::at(p.samples, row, samples.column[plan + pixel]));
       Real y = samples.fraction_y[plan + pixel], x = samples.fraction_x[plan + pixel];
       Real mask = samples.mask[plan + pixel], upper = mask * (1 - y), lower = mask * y;
       const Real weight[4] = {upper * (1 - x), upper * x, lower * (1 - x), lower * x};
@@ -105,7 +104,7 @@ __device__ __forceinline__ void gather_columns(const WeightSide<T>& p, const Pix
       for (int c = 0; c < kVector; ++c) {
         Real value = 0;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) value += weight[k] * load_as(corner[k].value[c]);
+        for (int k = 0; k < 4; ++k) value += weight[k] * corners.value(k, c);
         column.value[c] = store_as<T>(value);
       }
     }
@@ -115,12 +114,12 @@ __device__ __forceinline__ void gather_columns(const WeightSide<T>& p, const Pix
 
 // Goes through the tiles of kDepth pixels, image after image.
 struct PixelSteps {
-  int64_t image, step;
+  int image, step;
 
   template <class T>
   __device__ __forceinline__ PixelTile tile(const WeightSide<T>& p) const {
     constexpr int kDepth = TileShape<T>::kDepth;
-    return PixelTile::at(p.samples, image, step * kDepth, kDepth);
+    return PixelTile::at(p.samples, image, int64_t(step) * kDepth, kDepth);
   }
   template <class T>
   __device__ __forceinline__ void advance(const WeightSide<T>& p) {
@@ -141,9 +140,9 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
   const int groups = (first_channel + target.width - 1) / p.offset_group_channels - first_group + 1;
   const int outputs = min(p.group_outputs - target.first_output, Shape::kRows);
 
-  const int64_t steps = p.batch * p.steps_per_image, begin = target.split * steps / p.splits;
-  int64_t remaining = (target.split + 1) * steps / p.splits - begin;
-  PixelSteps at{begin / p.steps_per_image, begin % p.steps_per_image};
+  const int64_t steps = int64_t(p.batch) * p.steps_per_image, begin = target.split * steps / p.splits;
+  int remaining = int((target.split + 1) * steps / p.splits - begin);
+  PixelSteps at{int(begin / p.steps_per_image), int(begin % p.steps_per_image)};
   PixelTile tile = at.tile(p);
   Product product;
   product.clear();
@@ -206,7 +205,7 @@ __global__ void __launch_bounds__(kProductThreads)
 template <class T>
 int count_splits(const WeightSide<T>& p) {
   constexpr int kDepth = TileShape<T>::kDepth;
-  int64_t most = ceil_div<int64_t>(p.batch * p.steps_per_image, 512 / kDepth);
+  int64_t most = ceil_div<int64_t>(int64_t(p.batch) * p.steps_per_image, 512 / kDepth);
   int64_t wanted = 4 * device_multiprocessors() / p.units();
   return int(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(ForwardShape<T, Arithmetic, kOutputs>::kThread
     for (int item = 0; item < kItems; ++item) {
       int run = int(threadIdx.x) / kPatchPixels + Shape::kPlanStep * item;
       if (run >= chunk.runs) continue;
-      int64_t offset_group = (int64_t(tile.group) * f.group_runs + chunk.first_run + run) / f.runs_per_offset_group;
+      int offset_group = (tile.group * f.group_runs + chunk.first_run + run) / f.runs_per_offset_group;
       sites[item] = pixel.load(f.samples, tile.patch.image, offset_group, chunk.tap);
     }
   };

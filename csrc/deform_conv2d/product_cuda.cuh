@@ -99,7 +99,7 @@ struct TileProduct {
   // The 32 bytes of an instruction's depth are two pieces of a row, whatever the elements: 16-bit values by ldmatrix's
   // own meaning, and 32-bit ones because a lane receives 4 successive bytes of row lane / 4.
   __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b) {
-#pragma unroll
+#pragma unroll 1
     for (int piece = 0; piece < kPanelBytes / 16; piece += 2) {
       uint32_t left[kDown][4];
 #pragma unroll

@@ -59,19 +59,19 @@ struct CellIndex<double> {
 template <class T>
 struct SitePixel {
   using Real = device_acc_t<T>;
-  bool exists;
-  int64_t at;  // within the output's plane
+  int64_t at;  // within the output's plane; negative if the pixel does not exist
   Real y, x;   // where tap (0, 0) of an unshifted kernel lies
 
   __device__ __forceinline__ static SitePixel of(const SampleSource<T>& s, const PixelPatch& patch, int pixel) {
     int64_t row = patch.row(pixel), column = patch.column(pixel);
-    return {row < s.out_height && column < s.out_width, row * s.out_width + column, Real(row * s.stride_h - s.pad_h),
+    bool exists = row < s.out_height && column < s.out_width;
+    return {exists ? row * s.out_width + column : -1, Real(row * s.stride_h - s.pad_h),
             Real(column * s.stride_w - s.pad_w)};
   }
 
   __device__ __forceinline__ Site<Real> load(const SampleSource<T>& s, int64_t image, int64_t offset_group,
                                              int tap) const {
-    if (!exists) return {};
+    if (at < 0) return {};
     int64_t plane = sample_plane(s, image, offset_group, tap);
     return {load_as_of<T, Real>(s.offset, s.offset_is_float, 2 * plane + at),
             load_as_of<T, Real>(s.offset, s.offset_is_float, 2 * plane + s.out_pixels + at),
@@ -82,7 +82,7 @@ struct SitePixel {
                                         const Site<Real>& site, const SamplePlan<Real>& plan, int index) const {
     Real position_y = site.dy + (y + Real(tap / s.kernel_w * s.dilation_h));
     Real position_x = site.dx + (x + Real(tap % s.kernel_w * s.dilation_w));
-    if (!exists || !inside_grid(position_y, Real(s.height)) || !inside_grid(position_x, Real(s.width))) {
+    if (at < 0 || !inside_grid(position_y, Real(s.height)) || !inside_grid(position_x, Real(s.width))) {
       plan.weights[index] = {};
       plan.places[index] = -1;
       return;

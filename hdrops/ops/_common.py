@@ -87,9 +87,15 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def allow_tf32(tensor: Tensor) -> bool:
     """Whether torch's switch lets kernels multiply ``tensor``'s values in TensorFloat-32."""
-    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
-        return False
-    # The newer name of torch.backends.cuda.matmul.allow_tf32, which raises once either name has set the other aside.
+    return tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _matmul_allows_tf32()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matmul_allows_tf32() -> bool:
+    """``torch.backends.cuda.matmul.allow_tf32`` by its newer name; the older raises where the newer has been set.
+
+    The compiler cannot trace it, but guards its graphs by the switch.
+    """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
