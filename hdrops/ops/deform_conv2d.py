@@ -63,16 +63,10 @@ def deform_conv2d(
     ``groups`` and ``offset_groups`` follow from the shapes. ``out_h`` is ``(H + 2*padding - dilation*(kh-1) - 1) //
     stride + 1``, likewise ``out_w``. The dtype is float64, float32, bfloat16 or float16; offset and mask have the
     input's or, beside a 16-bit input, float32, which offsets of more than a few pixels need. Coordinates and sums are
-<<<<<<< HEAD
-    float32 for 16-bit and 32-bit data. On a GPU, 16-bit samples are rounded to their dtype before they are multiplied,
-    and float32 factors to TensorFloat-32 where ``torch.backends.cuda.matmul`` allows it. Under autocast input, weight
-    and bias take the ambient dtype, offset and mask keep their precision.
-=======
     float32 for 16-bit and 32-bit data. On a GPU, 16-bit samples are rounded to their dtype before they are multiplied
     (in float16 a sample times its mask must stay below 65504), and float32 factors to TensorFloat-32 where
     ``torch.backends.cuda.matmul`` allows it. Under autocast input, weight and bias take the ambient dtype, offset and
     mask keep their precision.
->>>>>>> deform_cuda_forward
 
     Returns:
         [N, O, out_h, out_w] in the input's dtype and memory format.
