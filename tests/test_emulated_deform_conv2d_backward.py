@@ -239,8 +239,7 @@ def test_each_subset_of_gradients(emulated, wanted: tuple[str, ...]) -> None:
 SPECIAL = {
     "nan": float("nan"),
     "inf": float("inf"),
-    "minus_inf": -float("inf"),
-    "1e30": 1e30,
+    "minus_1e30": -1e30,
     "beyond_int32": 3e9,
     "integer": 2.0,
     "half": 0.5,
@@ -249,7 +248,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["floats", "deterministic"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("components", [(0,), (1,), (0, 1)], ids=["y", "x", "both"])
+@pytest.mark.parametrize("components", [(0,), (1,)], ids=["y", "x"])
 @pytest.mark.parametrize("value", SPECIAL)
 def test_special_offsets(
     emulated, value: str, components: tuple[int, ...], dtype: torch.dtype, deterministic: bool

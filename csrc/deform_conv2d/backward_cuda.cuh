@@ -4,7 +4,8 @@
 //      it: channels last, whole vectors in each group, aligned to 16 bytes.
 //   2. The gradients of input, offset and mask: backward_input_cuda.cuh. The input's is added up in a float (double)
 //      for each element, in grad_input itself if that is float or double and in the kernels' layout; in deterministic
-//      mode in 64-bit integers (gradient_sum_cuda.cuh). A last kernel brings the sums into grad_input's type and layout.
+//      mode in 64-bit integers (gradient_sum_cuda.cuh). A last kernel brings the sums into grad_input's type and
+//      layout.
 //   3. The gradients of weight and bias: backward_weight_cuda.cuh, always repeatable, as are those of offset and mask.
 //
 // Workspace, for N images of channels C and outputs O (both in whole vectors): copies of input and grad_output where
@@ -89,8 +90,15 @@ struct Backward {
     int64_t* low = pieces.take<int64_t>(fixed && fixed_sum.kTwoWords ? sums() : 0);
     unsigned* flags = pieces.take<unsigned>(fixed ? ceil_div<int64_t>(sums(), 8) : 0);
     exponents = pieces.take<Exponents>(fixed ? 1 : 0);
-    fixed_sum = {high, low, flags, exponents, p.mask != nullptr, ceil_log2(p.out_channels / p.groups),
-                 ceil_log2(p.taps() * p.out_pixels()), 1, 1};
+    fixed_sum = {high,
+                 low,
+                 flags,
+                 exponents,
+                 p.mask != nullptr,
+                 ceil_log2(p.out_channels / p.groups),
+                 ceil_log2(p.taps() * p.out_pixels()),
+                 1,
+                 1};
     weight_sums = pieces.take<Real>(p.grad_weight != nullptr ? weight_side.splits * weight_side.split_size() : 0);
     bias_sums = pieces.take<Real>(p.grad_bias != nullptr ? count_bias_splits(p) * outputs.total : 0);
     weight_side.sums = weight_sums;

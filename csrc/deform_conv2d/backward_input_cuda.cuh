@@ -27,14 +27,14 @@ struct InputSide {
   using Real = device_acc_t<T>;
   SampleSource<T> samples;
   int64_t image_pixels;
-  int channels, outputs;                   // padded, of all groups: strides of input and grad_output
-  int group_channels, group_outputs;       // padded, of one weight group
-  int offset_group_channels;               // padded, of one offset group
-  int chunks_per_group, chunks;            // of kColumns channels
+  int channels, outputs;              // padded, of all groups: strides of input and grad_output
+  int group_channels, group_outputs;  // padded, of one weight group
+  int offset_group_channels;          // padded, of one offset group
+  int chunks_per_group, chunks;       // of kColumns channels
   int tiles_per_image, tap_parts;
-  int offset_groups_per_chunk;             // at most
-  const T *input, *grad_output, *weight;   // channels last; weight [group][tap][output][channel]
-  void *grad_offset, *grad_mask;           // null: not wanted
+  int offset_groups_per_chunk;            // at most
+  const T *input, *grad_output, *weight;  // channels last; weight [group][tap][output][channel]
+  void *grad_offset, *grad_mask;          // null: not wanted
   bool grad_input;
   FloatSum<Real> float_sum;
   FixedSum<Real> fixed_sum;
@@ -79,18 +79,18 @@ struct InputMemory {
   T *grad_output, *weight;
   Real* gradient;  // of the columns
   Real* carry;     // [2][3][kRows]: sums of the offset group that goes on in the next chunk, of even and odd chunks
-  void* samples;
+  Sample<Real>* samples;
 
   static constexpr int kOperandA = Shape::kRows * Product::kStrideA, kOperandB = Shape::kDepth * Product::kStrideB;
-  static constexpr size_t kFixedBytes = (kOperandA + kOperandB) * sizeof(T) +
-                                        (Shape::kRows * kGradientStride + 6 * Shape::kRows) * sizeof(Real);
-  static size_t bytes(int offset_groups) { return kFixedBytes + Samples<Real, Shape::kRows>::bytes(offset_groups); }
+  static constexpr size_t kFixedBytes =
+      (kOperandA + kOperandB) * sizeof(T) + (Shape::kRows * kGradientStride + 6 * Shape::kRows) * sizeof(Real);
+  static size_t bytes(int offset_groups) { return kFixedBytes + offset_groups * Shape::kRows * sizeof(Sample<Real>); }
 
   __device__ __forceinline__ static InputMemory get() {
     T* operands = shared_memory<T>();
     Real* reals = reinterpret_cast<Real*>(operands + kOperandA + kOperandB);
     Real* carry = reals + Shape::kRows * kGradientStride;
-    return {operands, operands + kOperandA, reals, carry, carry + 6 * Shape::kRows};
+    return {operands, operands + kOperandA, reals, carry, reinterpret_cast<Sample<Real>*>(carry + 6 * Shape::kRows)};
   }
 };
 
@@ -105,13 +105,13 @@ __device__ __forceinline__ void load_operands(const InputSide<T>& p, const Input
     const T* from = p.grad_output + (tile.image * p.samples.out_pixels + tile.first) * p.outputs +
                     chunk.group * p.group_outputs + output;
     copy_tile_async<T, Shape::kRows, Shape::kDepth, Product::kStrideA>(memory.grad_output, from, p.outputs, tile.count,
-                                                                      outputs);
+                                                                       outputs);
   }
   const T* from = p.weight +
                   ((int64_t(chunk.group) * p.samples.taps + step.tap) * p.group_outputs + output) * p.group_channels +
                   chunk.first;
-  copy_tile_async<T, Shape::kDepth, Shape::kColumns, Product::kStrideB>(
-      memory.weight, from, p.group_channels, min(outputs, Shape::kDepth), chunk.width);
+  copy_tile_async<T, Shape::kDepth, Shape::kColumns, Product::kStrideB>(memory.weight, from, p.group_channels,
+                                                                        min(outputs, Shape::kDepth), chunk.width);
   cp_async_commit();
 }
 
@@ -123,7 +123,7 @@ struct SampleGradient {
 
 template <class T, class Real>
 __device__ __forceinline__ SampleGradient<Real> sample_gradient(const CellVectors<T>& corners, const Real* gradient,
-                                                                Real fraction_y, Real fraction_x, Real mask) {
+                                                                const Sample<Real>& sample) {
   Real dot[4] = {};
 #pragma unroll
   for (int c = 0; c < kVector16<T>; ++c) {
@@ -131,9 +131,10 @@ __device__ __forceinline__ SampleGradient<Real> sample_gradient(const CellVector
 #pragma unroll
     for (int k = 0; k < 4; ++k) dot[k] += g * corners.value(k, c);
   }
-  Real left = 1 - fraction_x, low = left * dot[0] + fraction_x * dot[1], high = left * dot[2] + fraction_x * dot[3];
-  Real slope = (1 - fraction_y) * (dot[1] - dot[0]) + fraction_y * (dot[3] - dot[2]);
-  return {mask * (high - low), mask * slope, (1 - fraction_y) * low + fraction_y * high};
+  Real y = sample.fraction_y, x = sample.fraction_x;
+  Real low = (1 - x) * dot[0] + x * dot[1], high = (1 - x) * dot[2] + x * dot[3];
+  Real slope = (1 - y) * (dot[1] - dot[0]) + y * (dot[3] - dot[2]);
+  return {sample.mask * (high - low), sample.mask * slope, (1 - y) * low + y * high};
 }
 
 // Sums over the lanes of a pixel that belong to this lane's offset group and come after it: `remaining` with itself.
@@ -150,7 +151,6 @@ __device__ __forceinline__ Real sum_lanes(Real value, int remaining) {
 // Step 2 of the head comment.
 template <class T, class Product>
 __device__ __forceinline__ void offset_gradients(const InputSide<T>& p, const InputMemory<T, Product>& memory,
-                                                 const Samples<device_acc_t<T>, TileShape<T>::kRows>& samples,
                                                  const PixelTile& tile, const Step& step, const Chunk& chunk) {
   using Real = device_acc_t<T>;
   using Memory = InputMemory<T, Product>;
@@ -163,18 +163,17 @@ __device__ __forceinline__ void offset_gradients(const InputSide<T>& p, const In
   bool exists = channel < end;
   int remaining = exists ? (min(end, group_end) - channel) / kVector : 0;
   bool is_first = exists && (lane == 0 || channel == group_begin);
-  bool continues = group_begin < chunk.begin(p), goes_on = group_end > end;
+  bool continues = group_begin<chunk.begin(p), goes_on = group_end> end;
   const T* image = p.input + tile.image * p.image_pixels * p.channels + channel;
 #pragma unroll 1
   for (int pixel = threadIdx.x / kLanes; pixel < kRows; pixel += kSlots) {
     int at = exists ? (offset_group - first_group) * kRows + pixel : pixel;
     SampleGradient<Real> sum{0, 0, 0};
-    int row = samples.row[at];
-    if (exists && row != samples.kOutside) {
-      auto corners = CellVectors<T>::load(image, p.channels, int64_t(p.samples.width) * p.channels,
-                                          Cell::at(p.samples, row, samples.column[at]));
-      sum = sample_gradient(corners, memory.gradient + pixel * Memory::kGradientStride + lane * kVector,
-                            samples.fraction_y[at], samples.fraction_x[at], samples.mask[at]);
+    const Sample<Real>& sample = memory.samples[at];
+    if (exists && sample.row != sample.kOutside) {
+      auto corners =
+          CellVectors<T>::load(image, p.channels, int64_t(p.samples.width) * p.channels, Cell::of(p.samples, sample));
+      sum = sample_gradient(corners, memory.gradient + pixel * Memory::kGradientStride + lane * kVector, sample);
     }
     sum.y = sum_lanes<kLanes>(sum.y, remaining);
     sum.x = sum_lanes<kLanes>(sum.x, remaining);
@@ -217,7 +216,6 @@ __device__ __forceinline__ void add_pixel(const Sum& sum, int64_t at, const Real
 // Step 3 of the head comment.
 template <class T, class Product, class Sum>
 __device__ __forceinline__ void scatter(const InputSide<T>& p, const Sum& sum, const InputMemory<T, Product>& memory,
-                                        const Samples<device_acc_t<T>, TileShape<T>::kRows>& samples,
                                         const PixelTile& tile, const Chunk& chunk) {
   using Real = device_acc_t<T>;
   constexpr int kRows = TileShape<T>::kRows, kWidth = Sum::kWidth, kLanes = TileShape<T>::kColumns / kWidth;
@@ -225,7 +223,8 @@ __device__ __forceinline__ void scatter(const InputSide<T>& p, const Sum& sum, c
   int channel = threadIdx.x % kLanes * kWidth, first_pixel = threadIdx.x / kLanes * kRun;
   if (channel >= chunk.width) return;
   int place = chunk.begin(p) + channel;
-  int plan = (place / p.offset_group_channels - chunk.begin(p) / p.offset_group_channels) * kRows;
+  const Sample<Real>* samples =
+      memory.samples + (place / p.offset_group_channels - chunk.begin(p) / p.offset_group_channels) * kRows;
   const Real* gradient = memory.gradient + channel;
   const int64_t image = tile.image * p.image_pixels;
 
@@ -238,11 +237,10 @@ __device__ __forceinline__ void scatter(const InputSide<T>& p, const Sum& sum, c
   PendingColumn<Real, kWidth> pending{0, -2, {}, {}};
 #pragma unroll 1
   for (int pixel = first_pixel; pixel < first_pixel + kRun; ++pixel) {
-    int row = samples.row[plan + pixel];
-    if (row == samples.kOutside) continue;
-    int column = samples.column[plan + pixel];
-    Real y = samples.fraction_y[plan + pixel], x = samples.fraction_x[plan + pixel], mask = samples.mask[plan + pixel];
-    Real upper = mask * (1 - y), lower = mask * y;
+    const Sample<Real>& sample = samples[pixel];
+    int row = sample.row, column = sample.column;
+    if (row == sample.kOutside) continue;
+    Real x = sample.fraction_x, upper = sample.mask * (1 - sample.fraction_y), lower = sample.mask * sample.fraction_y;
     PendingColumn<Real, kWidth> left{row, column, {}, {}};
     if (pending.row == row && pending.column == column) {
       left = pending;
@@ -268,7 +266,6 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
   using Real = device_acc_t<T>;
   using Shape = TileShape<T>;
   auto memory = InputMemory<T, Product>::get();
-  auto samples = Samples<Real, Shape::kRows>::in(memory.samples, p.offset_groups_per_chunk);
   int tile_index = blockIdx.x / p.tap_parts, part = blockIdx.x % p.tap_parts;
   int64_t first = int64_t(tile_index % p.tiles_per_image) * Shape::kRows;
   const auto tile = PixelTile::at(p.samples, tile_index / p.tiles_per_image, first, Shape::kRows);
@@ -289,7 +286,7 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
       int first_group = chunk.begin(p) / p.offset_group_channels;
       int last_group = (chunk.begin(p) + chunk.width - 1) / p.offset_group_channels;
       write_samples<T, Real, Shape::kRows, kProductThreads>(p.samples, tile, step.tap, first_group,
-                                                            last_group - first_group + 1, samples);
+                                                            last_group - first_group + 1, memory.samples);
     }
     int depth = min(p.group_outputs - step.depth * Shape::kDepth, Shape::kDepth);
     product.multiply(memory.grad_output, memory.weight, round_up(depth, Product::kStep));
@@ -303,13 +300,13 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
     }
     if (complete) {
       if (p.grad_offset != nullptr || p.grad_mask != nullptr) {
-        offset_gradients(p, memory, samples, tile, step, chunk);
+        offset_gradients(p, memory, tile, step, chunk);
       }
       if (p.grad_input) {
         if (p.fixed) {
-          scatter(p, fixed_sum, memory, samples, tile, chunk);
+          scatter(p, fixed_sum, memory, tile, chunk);
         } else {
-          scatter(p, p.float_sum, memory, samples, tile, chunk);
+          scatter(p, p.float_sum, memory, tile, chunk);
         }
       }
     }
@@ -318,7 +315,7 @@ __device__ __forceinline__ void run_input_tile(const InputSide<T>& p) {
 }
 
 template <class T, class Product>
-__global__ void __launch_bounds__(kProductThreads, 3) input_gradients(InputSide<T> p) {
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 2 : 3) input_gradients(InputSide<T> p) {
   if constexpr (Product::kRunsHere) {
     run_input_tile<T, Product>(p);
   } else {

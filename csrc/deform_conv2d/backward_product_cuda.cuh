@@ -29,8 +29,8 @@ struct FmaProduct {
   static constexpr int kVector = kVector16<T>;
   static constexpr int kStrideA = (kTransposed ? Shape::kRows : Shape::kDepth) + kVector;
   static constexpr int kStrideB = Shape::kColumns + kVector;
-  static constexpr int kStep = 4;                    // depth must be a multiple
-  static constexpr int kMicro = Shape::kRows / 16;   // rows and columns of a thread
+  static constexpr int kStep = 4;                   // depth must be a multiple
+  static constexpr int kMicro = Shape::kRows / 16;  // rows and columns of a thread
   // Devices that have matrix units use those for 16-bit data.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   static constexpr bool kRunsHere = sizeof(T) != 2;
@@ -54,6 +54,7 @@ struct FmaProduct {
     }
   }
   __device__ __forceinline__ void multiply(const T* a, const T* b, int depth) {
+#pragma unroll 1
     for (int k = 0; k < depth; k += kStep) {
       Real left[kStep][kMicro];
       load_left(a, k, left);
@@ -148,6 +149,7 @@ struct MmaProduct : WarpTile<T> {
     const T* left = kTransposed ? a + (second + low) * kStrideA + Warp::first_row() + first
                                 : a + (Warp::first_row() + first + low) * kStrideA + second;
     const T* right = b + (first + low) * kStrideB + Warp::first_column() + second;
+#pragma unroll 1
     for (int k = 0; k < depth; k += kStep) {
       uint32_t fragment[4];
       if constexpr (kTransposed) {
@@ -180,6 +182,7 @@ struct Tf32Product : WarpTile<T> {
     constexpr int kRow = kTransposed ? 1 : kStrideA, kColumn = kTransposed ? kStrideA : 1;
     const T* left = a + (Warp::first_row() + group) * kRow + pair * kColumn;
     const T* right = b + pair * kStrideB + Warp::first_column() + group;
+#pragma unroll 1
     for (int k = 0; k < depth; k += kStep, left += kStep * kColumn, right += kStep * kStrideB) {
       const uint32_t fragment[4] = {to_tf32(left[0]), to_tf32(left[8 * kRow]), to_tf32(left[4 * kColumn]),
                                     to_tf32(left[8 * kRow + 4 * kColumn])};

@@ -24,23 +24,13 @@ struct PixelTile {
   }
 };
 
-// The samples of a tile of kPixels pixels at one tap, for some offset groups: arrays in shared memory, offset group by
-// offset group. A sample lies in the cell whose upper left corner is (row, column), either of which may be -1.
-template <class Real, int kPixels>
-struct Samples {
+// A sample. It lies in the cell whose upper left corner is (row, column), either of which may be -1. A tile of kPixels
+// pixels has, for one tap and some offset groups, an array of them in shared memory, [offset group][pixel].
+template <class Real>
+struct Sample {
   static constexpr int kOutside = INT32_MIN;  // the row of a sample that reads nothing
-  int *row, *column;
-  Real *fraction_y, *fraction_x, *mask;
-
-  static constexpr size_t bytes(int64_t offset_groups) {
-    return size_t(offset_groups * kPixels) * (2 * sizeof(int) + 3 * sizeof(Real));
-  }
-  __device__ __forceinline__ static Samples in(void* memory, int offset_groups) {
-    Real* reals = static_cast<Real*>(memory);
-    int count = offset_groups * kPixels;
-    int* integers = reinterpret_cast<int*>(reals + 3 * count);
-    return {integers, integers + count, reals, reals + count, reals + 2 * count};
-  }
+  Real fraction_y, fraction_x, mask;
+  int row, column;
 };
 
 // To an element of a tensor of T, or of the sums' type.
@@ -55,13 +45,11 @@ __device__ __forceinline__ void store_as_of(Real value, void* tensor, bool is_re
 
 // All threads together write the samples of `count` offset groups from `first_group` on.
 template <class T, class Real, int kPixels, int kThreads>
-__device__ __forceinline__ void write_samples(const SampleSource<T>& s, const PixelTile& tile, int tap,
-                                              int first_group, int count, const Samples<Real, kPixels>& samples) {
+__device__ __forceinline__ void write_samples(const SampleSource<T>& s, const PixelTile& tile, int tap, int first_group,
+                                              int count, Sample<Real>* samples) {
   for (int i = threadIdx.x; i < count * kPixels; i += kThreads) {
     int pixel = i % kPixels;
-    samples.row[i] = Samples<Real, kPixels>::kOutside;
-    samples.column[i] = 0;
-    samples.fraction_y[i] = samples.fraction_x[i] = samples.mask[i] = 0;
+    samples[i] = {0, 0, 0, Sample<Real>::kOutside, 0};
     if (pixel >= tile.count) continue;
     int64_t plane = sample_plane(s, tile.image, first_group + i / kPixels, tap), at = tile.first + pixel;
     unsigned column_on = unsigned(tile.column + pixel), rows_on = column_on / unsigned(s.out_width);
@@ -72,11 +60,8 @@ __device__ __forceinline__ void write_samples(const SampleSource<T>& s, const Pi
     x += Real(out_column * s.stride_w - s.pad_w) + Real(tap % s.kernel_w * s.dilation_w);
     if (!inside_grid(y, Real(s.height)) || !inside_grid(x, Real(s.width))) continue;
     Real row = floor(y), column = floor(x);
-    samples.row[i] = int(row);
-    samples.column[i] = int(column);
-    samples.fraction_y[i] = y - row;
-    samples.fraction_x[i] = x - column;
-    samples.mask[i] = s.mask == nullptr ? Real(1) : load_as_of<T, Real>(s.mask, s.mask_is_float, plane + at);
+    Real mask = s.mask == nullptr ? Real(1) : load_as_of<T, Real>(s.mask, s.mask_is_float, plane + at);
+    samples[i] = {y - row, x - column, mask, int(row), int(column)};
   }
 }
 
@@ -85,16 +70,16 @@ struct Cell {
   bool top, bottom, left, right;  // rows `row`, `row + 1` and columns `column`, `column + 1` are of the image
   int64_t pixel;
 
-  template <class T>
-  __device__ __forceinline__ static Cell at(const SampleSource<T>& s, int row, int column) {
-    bool counts = row >= -1;
-    return {counts && row >= 0, counts && row + 1 < s.height, column >= 0, column + 1 < s.width,
-            int64_t(row) * s.width + column};
+  // The sample must count.
+  template <class T, class Real>
+  __device__ __forceinline__ static Cell of(const SampleSource<T>& s, const Sample<Real>& sample) {
+    return {sample.row >= 0, sample.row + 1 < s.height, sample.column >= 0, sample.column + 1 < s.width,
+            int64_t(sample.row) * s.width + sample.column};
   }
 };
 
-// One 16-byte vector of channels at the four corners of a cell, zeros where a corner does not exist. Kept in words until
-// it is used: 16-bit values would take a register each.
+// One 16-byte vector of channels at the four corners of a cell, zeros where a corner does not exist. Kept in words
+// until it is used: 16-bit values would take a register each.
 template <class T>
 struct CellVectors {
   using Words = Vector<uint32_t, 4>;

@@ -23,21 +23,19 @@ struct WeightSide {
   using Real = device_acc_t<T>;
   SampleSource<T> samples;
   int64_t image_pixels;
-  int batch, steps_per_image;  // steps of kDepth pixels
-  int channels, outputs;                  // padded, of all groups: strides of input and grad_output
-  int group_channels, group_outputs;      // padded, of one weight group
-  int offset_group_channels;              // padded, of one offset group
+  int batch, steps_per_image;         // steps of kDepth pixels
+  int channels, outputs;              // padded, of all groups: strides of input and grad_output
+  int group_channels, group_outputs;  // padded, of one weight group
+  int offset_group_channels;          // padded, of one offset group
   int groups;
-  int chunks_per_group, output_tiles;     // of a weight group: tiles of kColumns channels and kRows outputs
-  int offset_groups_per_chunk;            // at most
+  int chunks_per_group, output_tiles;  // of a weight group: tiles of kColumns channels and kRows outputs
+  int offset_groups_per_chunk;         // at most
   int splits;
-  const T *input, *grad_output;           // channels last
-  Real* sums;                             // [split][group][tap][output][channel]
+  const T *input, *grad_output;  // channels last
+  Real* sums;                    // [split][group][tap][output][channel]
 
   int64_t units() const { return int64_t(groups) * output_tiles * samples.taps * chunks_per_group; }
-  HDROPS_HD int64_t split_size() const {
-    return int64_t(groups) * samples.taps * group_outputs * group_channels;
-  }
+  HDROPS_HD int64_t split_size() const { return int64_t(groups) * samples.taps * group_outputs * group_channels; }
 };
 
 // What a block computes: a tile of the weight's gradient, and from which steps.
@@ -65,40 +63,40 @@ struct WeightMemory {
   using Real = device_acc_t<T>;
   using Shape = TileShape<T>;
   T *grad_output, *columns;
-  void* samples;
+  Sample<Real>* samples;
 
   static constexpr int kOperandA = Shape::kDepth * Product::kStrideA, kOperandB = Shape::kDepth * Product::kStrideB;
   static size_t bytes(int offset_groups) {
-    return (kOperandA + kOperandB) * sizeof(T) + Samples<Real, Shape::kDepth>::bytes(offset_groups);
+    return (kOperandA + kOperandB) * sizeof(T) + offset_groups * Shape::kDepth * sizeof(Sample<Real>);
   }
   __device__ __forceinline__ static WeightMemory get() {
     T* operands = shared_memory<T>();
-    return {operands, operands + kOperandA, operands + kOperandA + kOperandB};
+    return {operands, operands + kOperandA, reinterpret_cast<Sample<Real>*>(operands + kOperandA + kOperandB)};
   }
 };
 
 // columns[pixel, channel] of a tile: a thread takes one vector of channels of every kth pixel.
 template <class T, class Product>
 __device__ __forceinline__ void gather_columns(const WeightSide<T>& p, const PixelTile& tile,
-                                               const Samples<device_acc_t<T>, TileShape<T>::kDepth>& samples,
-                                               int first_channel, int width, T* columns) {
+                                               const Sample<device_acc_t<T>>* samples, int first_channel, int width,
+                                               T* columns) {
   using Real = device_acc_t<T>;
   constexpr int kVector = kVector16<T>, kLanes = TileShape<T>::kColumns / kVector;
   int channel = threadIdx.x % kLanes * kVector;
   int place = first_channel + channel;
   bool exists = channel < width;
   int plan = exists ? place / p.offset_group_channels - first_channel / p.offset_group_channels : 0;
-  plan *= TileShape<T>::kDepth;
+  samples += plan * TileShape<T>::kDepth;
   const T* image = p.input + tile.image * p.image_pixels * p.channels + place;
 #pragma unroll 1
   for (int pixel = threadIdx.x / kLanes; pixel < TileShape<T>::kDepth; pixel += kProductThreads / kLanes) {
     Vector<T, kVector> column{};
-    int row = samples.row[plan + pixel];
-    if (exists && row != samples.kOutside) {
-      auto corners = CellVectors<T>::load(image, p.channels, int64_t(p.samples.width) * p.channels,
-                                          Cell::at(p.samples, row, samples.column[plan + pixel]));
-      Real y = samples.fraction_y[plan + pixel], x = samples.fraction_x[plan + pixel];
-      Real mask = samples.mask[plan + pixel], upper = mask * (1 - y), lower = mask * y;
+    const Sample<Real>& sample = samples[pixel];
+    if (exists && sample.row != sample.kOutside) {
+      auto corners =
+          CellVectors<T>::load(image, p.channels, int64_t(p.samples.width) * p.channels, Cell::of(p.samples, sample));
+      Real x = sample.fraction_x, upper = sample.mask * (1 - sample.fraction_y),
+           lower = sample.mask * sample.fraction_y;
       const Real weight[4] = {upper * (1 - x), upper * x, lower * (1 - x), lower * x};
 #pragma unroll
       for (int c = 0; c < kVector; ++c) {
@@ -112,20 +110,14 @@ __device__ __forceinline__ void gather_columns(const WeightSide<T>& p, const Pix
   }
 }
 
-// Goes through the tiles of kDepth pixels, image after image.
-struct PixelSteps {
-  int image, step;
-
-  template <class T>
-  __device__ __forceinline__ PixelTile tile(const WeightSide<T>& p) const {
-    constexpr int kDepth = TileShape<T>::kDepth;
-    return PixelTile::at(p.samples, image, int64_t(step) * kDepth, kDepth);
-  }
-  template <class T>
-  __device__ __forceinline__ void advance(const WeightSide<T>& p) {
-    if (++step == p.steps_per_image) step = 0, ++image;
-  }
-};
+// The tile after this one, in the same image or the next.
+template <class T>
+__device__ __forceinline__ PixelTile next_tile(const WeightSide<T>& p, const PixelTile& tile) {
+  constexpr int kDepth = TileShape<T>::kDepth;
+  bool same_image = tile.first + kDepth < p.samples.out_pixels;
+  return PixelTile::at(p.samples, same_image ? tile.image : tile.image + 1, same_image ? tile.first + kDepth : 0,
+                       kDepth);
+}
 
 template <class T, class Product>
 __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
@@ -133,7 +125,6 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
   using Shape = TileShape<T>;
   constexpr int kDepth = Shape::kDepth;
   auto memory = WeightMemory<T, Product>::get();
-  auto samples = Samples<Real, kDepth>::in(memory.samples, p.offset_groups_per_chunk);
   const WeightTile target = WeightTile::mine(p);
   const int first_channel = target.group * p.group_channels + target.first_channel;
   const int first_group = first_channel / p.offset_group_channels;
@@ -142,27 +133,25 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
 
   const int64_t steps = int64_t(p.batch) * p.steps_per_image, begin = target.split * steps / p.splits;
   int remaining = int((target.split + 1) * steps / p.splits - begin);
-  PixelSteps at{int(begin / p.steps_per_image), int(begin % p.steps_per_image)};
-  PixelTile tile = at.tile(p);
+  auto tile = PixelTile::at(p.samples, int(begin / p.steps_per_image), begin % p.steps_per_image * kDepth, kDepth);
   Product product;
   product.clear();
   if (remaining > 0) {
-    write_samples<T, Real, kDepth, kProductThreads>(p.samples, tile, target.tap, first_group, groups, samples);
+    write_samples<T, Real, kDepth, kProductThreads>(p.samples, tile, target.tap, first_group, groups, memory.samples);
   }
   for (; remaining > 0; --remaining) {
     __syncthreads();  // the samples are there, and everyone is done with the operands before
     const T* grad_output = p.grad_output + (tile.image * p.samples.out_pixels + tile.first) * p.outputs +
                            target.group * p.group_outputs + target.first_output;
     copy_tile_async<T, kDepth, Shape::kRows, Product::kStrideA>(memory.grad_output, grad_output, p.outputs, tile.count,
-                                                               outputs);
+                                                                outputs);
     cp_async_commit();
-    gather_columns<T, Product>(p, tile, samples, first_channel, target.width, memory.columns);
+    gather_columns<T, Product>(p, tile, memory.samples, first_channel, target.width, memory.columns);
     cp_async_wait<0>();
     __syncthreads();  // the operands are there, and everyone is done with the samples
-    at.advance(p);
-    tile = at.tile(p);
+    tile = next_tile(p, tile);
     if (remaining > 1) {
-      write_samples<T, Real, kDepth, kProductThreads>(p.samples, tile, target.tap, first_group, groups, samples);
+      write_samples<T, Real, kDepth, kProductThreads>(p.samples, tile, target.tap, first_group, groups, memory.samples);
     }
     product.multiply(memory.grad_output, memory.columns, kDepth);
   }
@@ -174,7 +163,7 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
 }
 
 template <class T, class Product>
-__global__ void __launch_bounds__(kProductThreads, 3) weight_sums(WeightSide<T> p) {
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 2 : 3) weight_sums(WeightSide<T> p) {
   if constexpr (Product::kRunsHere) {
     run_weight_tile<T, Product>(p);
   } else {
@@ -192,13 +181,11 @@ __global__ void __launch_bounds__(kProductThreads)
   int64_t channel = index % group_channels, output = index / group_channels % group_outputs;
   int64_t tap = index / group_channels / group_outputs % p.samples.taps;
   int64_t group = index / group_channels / group_outputs / p.samples.taps;
-  const Real* sums = p.sums +
-                     ((group * p.samples.taps + tap) * p.group_outputs + output) * p.group_channels +
+  const Real* sums = p.sums + ((group * p.samples.taps + tap) * p.group_outputs + output) * p.group_channels +
                      channels.position(channel);
   Real sum = 0;
   for (int split = 0; split < p.splits; ++split) sum += sums[split * p.split_size()];
-  grad_weight[((group * group_outputs + output) * group_channels + channel) * p.samples.taps + tap] =
-      store_as<T>(sum);
+  grad_weight[((group * group_outputs + output) * group_channels + channel) * p.samples.taps + tap] = store_as<T>(sum);
 }
 
 // Fixed by the shapes and the device, so that the result is repeatable.

@@ -32,9 +32,9 @@ template <class T>
 size_t backward(const std::vector<int64_t>& sizes, bool channels_last, bool offset_is_float, bool mask_is_float,
                 bool deterministic, bool allow_tf32, const py::dict& tensors) {
   Params p{};
-  int64_t* const fields[] = {&p.batch,    &p.in_channels, &p.height,     &p.width,    &p.out_channels, &p.out_height,
-                             &p.out_width, &p.kernel_h,   &p.kernel_w,   &p.stride_h, &p.stride_w,     &p.pad_h,
-                             &p.pad_w,    &p.dilation_h,  &p.dilation_w, &p.groups,   &p.offset_groups};
+  int64_t* const fields[] = {&p.batch,     &p.in_channels, &p.height,     &p.width,    &p.out_channels, &p.out_height,
+                             &p.out_width, &p.kernel_h,    &p.kernel_w,   &p.stride_h, &p.stride_w,     &p.pad_h,
+                             &p.pad_w,     &p.dilation_h,  &p.dilation_w, &p.groups,   &p.offset_groups};
   if (sizes.size() != std::size(fields)) throw std::invalid_argument("wrong number of sizes");
   for (size_t i = 0; i < sizes.size(); ++i) *fields[i] = sizes[i];
   p.channels_last = channels_last;
@@ -60,12 +60,12 @@ size_t backward(const std::vector<int64_t>& sizes, bool channels_last, bool offs
 }  // namespace hdrops::deform_conv2d
 
 REGISTER_FAMILY(module) {
-  module.def("deform_conv2d_backward", [](const std::string& dtype, const std::vector<int64_t>& sizes,
-                                          bool channels_last, bool offset_is_float, bool mask_is_float,
-                                          bool deterministic, bool allow_tf32, const py::dict& tensors) {
-    return emulator::with_type(dtype, [&](auto tag) {
-      return hdrops::deform_conv2d::backward<typename decltype(tag)::type>(
-          sizes, channels_last, offset_is_float, mask_is_float, deterministic, allow_tf32, tensors);
-    });
-  });
+  module.def("deform_conv2d_backward",
+             [](const std::string& dtype, const std::vector<int64_t>& sizes, bool channels_last, bool offset_is_float,
+                bool mask_is_float, bool deterministic, bool allow_tf32, const py::dict& tensors) {
+               return emulator::with_type(dtype, [&](auto tag) {
+                 return hdrops::deform_conv2d::backward<typename decltype(tag)::type>(
+                     sizes, channels_last, offset_is_float, mask_is_float, deterministic, allow_tf32, tensors);
+               });
+             });
 }
