@@ -26,6 +26,14 @@ struct BinWindow {
   int begin, count;
 };
 
+// Sum over the warp, along a tree of fixed shape; all lanes get it.
+template <class A>
+__device__ __forceinline__ A warp_sum(A value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
 template <class A, int kSums>
 class BlockBins {
  public:
@@ -54,6 +62,11 @@ class BlockBins {
     const unsigned peers = __match_any_sync(kAllLanes, counts ? at : -1 - lane_);
     unsigned rank = __popc(peers & (self - 1)), later = peers & ~(self | (self - 1));
     const bool first = rank == 0;
+    if (peers == kAllLanes) {  // a flat image: a tree of fewer instructions
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) value.value[s] = warp_sum(value.value[s]);
+      later = 0;
+    }
     // Each round, lanes of even rank take over from the next of their peers, which are then done, and ranks halve.
     while (__any_sync(kAllLanes, later != 0)) {
       const int next = __ffs(int(later)) - 1;

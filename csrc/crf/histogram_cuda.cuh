@@ -289,7 +289,8 @@ struct ValueSlopes {
 };
 
 template <bool kShared, class T>
-__global__ __launch_bounds__(kRunThreads, kShared ? 4 : 3) void value_slopes_kernel(ValueHistogramParams p, Parts parts) {
+__global__ __launch_bounds__(kRunThreads, kShared ? 4 : 3) void value_slopes_kernel(ValueHistogramParams p,
+                                                                                    Parts parts) {
   const int64_t group = blockIdx.x / parts.per_group, part = blockIdx.x % parts.per_group;
   ValueSlopes<kShared, T> op(p, group);
   walk_part<kRunVector<T>, kRunInFlight<T>>(op, p.layout, parts, group, part);

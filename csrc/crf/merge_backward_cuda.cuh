@@ -30,14 +30,6 @@ struct MergeRows {
   BinPlan plan;
 };
 
-// Sum over the warp, along a tree of fixed shape; all lanes get it.
-template <class A>
-__device__ __forceinline__ A warp_sum(A value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
 template <class T, class Out, class A, bool kCurve>
 struct MergeBackward {
   static constexpr int V = kMergeVector<T, Out>;
