@@ -163,7 +163,7 @@ __device__ __forceinline__ void run_weight_tile(const WeightSide<T>& p) {
 }
 
 template <class T, class Product>
-__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 2 : 3) weight_sums(WeightSide<T> p) {
+__global__ void __launch_bounds__(kProductThreads, 2) weight_sums(WeightSide<T> p) {
   if constexpr (Product::kRunsHere) {
     run_weight_tile<T, Product>(p);
   } else {
