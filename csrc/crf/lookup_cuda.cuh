@@ -17,6 +17,7 @@ namespace hdrops {
 
 constexpr int64_t kTableBytes = 48 << 10;
 constexpr int kLookupBlocks = 4;  // of a multiprocessor
+constexpr int kBinBlocks = 3;     // the same where both gradients or a curve read through the cache want registers
 
 template <class T>
 __device__ __forceinline__ T curve_entry(const T* curve, int64_t entry) {
@@ -243,9 +244,10 @@ struct LookupBackward {
 
 // `rows`: of all blocks' sums, [groups, parts, entries, kSums].
 template <bool kLinear, bool kShared, LookupGradients kWanted, class In, class Out>
-__global__ __launch_bounds__(kRunThreads,
-                             kShared ? kLookupBlocks : 3) void lookup_backward_kernel(LookupParams p, Parts parts,
-                                                                                      BinPlan plan, double* rows) {
+__global__ __launch_bounds__(kRunThreads, kShared&& kWanted != LookupGradients::both
+                                              ? kLookupBlocks
+                                              : kBinBlocks) void lookup_backward_kernel(LookupParams p, Parts parts,
+                                                                                        BinPlan plan, double* rows) {
   const int64_t row = blockIdx.x / plan.windows, group = row / parts.per_group, part = row % parts.per_group;
   LookupBackward<kLinear, kShared, kWanted, In, Out> op(p, group, plan.at(int(blockIdx.x % plan.windows)),
                                                         int64_t(plan.shared_bytes));
@@ -316,7 +318,8 @@ struct CurvePass {
       plan = plan_bins(entries, kLinear ? 2 : 1, sizeof(A), 0);
     }
     // A part must be long beside its bins, which are cleared, written and added up.
-    const int64_t blocks = int64_t(plan.blocks_per_multiprocessor) * device_multiprocessors();
+    const int fit = both && plan.blocks_per_multiprocessor > kBinBlocks ? kBinBlocks : plan.blocks_per_multiprocessor;
+    const int64_t blocks = int64_t(fit) * device_multiprocessors();
     const int64_t least = 8 * entries;
     parts = parts_for(p.layout, ceil_div<int64_t>(blocks, plan.windows), least > 4096 ? least : 4096);
   }

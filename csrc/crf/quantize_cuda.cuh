@@ -6,7 +6,7 @@
 
 namespace hdrops {
 
-constexpr int kQuantizeBlocks = 4;  // of a multiprocessor
+constexpr int kQuantizeBlocks = 3;  // of a multiprocessor
 
 template <class T>
 struct Quantize {

@@ -217,15 +217,17 @@ constexpr int kBiasLanes = 8, kBiasSlots = kProductThreads / kBiasLanes;
 
 template <class T>
 __global__ void __launch_bounds__(kProductThreads)
-    bias_sums(const T* grad_output, int64_t pixels, int64_t outputs, int splits, device_acc_t<T>* sums) {
+    bias_sums(const T* grad_output, int64_t pixels, int64_t pixels_per_split, int64_t outputs, int splits,
+              device_acc_t<T>* sums) {
   using Real = device_acc_t<T>;
   constexpr int kVector = kVector16<T>, kWidth = kBiasLanes * kVector;
   Real* shared = shared_memory<Real>();  // [kBiasSlots][kWidth]
-  int64_t split = blockIdx.x % splits, first = blockIdx.x / splits * int64_t(kWidth);
+  int64_t split = blockIdx.x % unsigned(splits), first = blockIdx.x / unsigned(splits) * int64_t(kWidth);
   int lane = threadIdx.x % kBiasLanes, slot = threadIdx.x / kBiasLanes;
-  int64_t output = first + lane * kVector, end = (split + 1) * pixels / splits;
+  int64_t output = first + lane * kVector, begin = split * pixels_per_split;
+  int64_t end = begin + pixels_per_split < pixels ? begin + pixels_per_split : pixels;
   Real sum[kVector] = {};
-  for (int64_t pixel = split * pixels / splits + slot; output < outputs && pixel < end; pixel += kBiasSlots) {
+  for (int64_t pixel = begin + slot; output < outputs && pixel < end; pixel += kBiasSlots) {
     auto values = load_global(reinterpret_cast<const Vector<T, kVector>*>(grad_output + pixel * outputs + output));
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sum[i] += load_as(values.value[i]);
@@ -261,7 +263,9 @@ void launch_bias(const Params& p, const Runs& outputs, const T* grad_output, dev
   int splits = count_bias_splits(p);
   Grid grid{dim3(unsigned(ceil_div<int64_t>(outputs.total, kWidth) * splits)), dim3(kProductThreads),
             kBiasSlots * kWidth * sizeof(device_acc_t<T>)};
-  launch(bias_sums<T>, grid, stream, grad_output, p.batch * p.out_pixels(), outputs.total, splits, sums);
+  int64_t pixels = p.batch * p.out_pixels();
+  launch(bias_sums<T>, grid, stream, grad_output, pixels, ceil_div<int64_t>(pixels, splits), outputs.total, splits,
+         sums);
   Grid second{dim3(unsigned(ceil_div<int64_t>(p.out_channels, kProductThreads))), dim3(kProductThreads)};
   launch(reduce_bias<T>, second, stream, static_cast<const device_acc_t<T>*>(sums), splits, outputs, p.out_channels,
          static_cast<T*>(p.grad_bias));
