@@ -24,13 +24,11 @@ ARCHITECTURE = re.compile(r"^(?:arch = |\s+code for )(sm_\w+)$")
 FUNCTION = re.compile(r"^\s*Function\s*:?\s*(_\w+)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 # Instructions worth counting: register spills, matrix products, loads, stores and reductions of 16 bytes.
-COUNTED = {
-    "spills": re.compile(r"\b(?:STL|LDL)\b"),
-    "matrix": re.compile(r"\b(?:HMMA|HGMMA)\b"),
-    "load_16_bytes": re.compile(r"\bLDG\S*\.128\b"),
-    "store_16_bytes": re.compile(r"\bSTG\S*\.128\b"),
-    "reduce_16_bytes": re.compile(r"\bRED\S*F32x4\b"),
-}
+COUNTED = ("spills", "matrix", "load_16_bytes", "store_16_bytes", "reduce_16_bytes")
+INSTRUCTION = re.compile(
+    r" (?:(?P<spills>STL|LDL)|(?P<matrix>HMMA|HGMMA)|(?P<load_16_bytes>LDG\S*\.128)|(?P<store_16_bytes>STG\S*\.128)"
+    r"|(?P<reduce_16_bytes>RED\S*F32x4))\b"
+)
 
 Kernels = dict[str, dict[str, int]]
 
@@ -86,9 +84,8 @@ def read(library: Path) -> dict[str, Kernels]:
             arch = match[1]
         elif match := FUNCTION.match(line):
             function = match[1]
-        elif ";" in line:
-            for name, pattern in COUNTED.items():
-                found[arch][function][name] += bool(pattern.search(line))
+        elif match := INSTRUCTION.search(line):
+            found[arch][function][match.lastgroup or ""] += 1
     names = readable(sorted({name for kernels in found.values() for name in kernels}))
     return {
         arch: {names[name]: found[arch][name] for name in sorted(found[arch], key=names.__getitem__)}

@@ -11,9 +11,8 @@ import torch
 from benches import cuda_resources
 from hdrops import _load
 
-# On CUDA tensors these run in plain PyTorch: the guided filter, and the part of a camera's calibration that is solved
-# on the CPU; the last is no operator on tensors.
-WITHOUT_CUDA_KERNEL = {"truncate", "_truncate_backward", "_solve_few_samples", "_simd_level"}
+# On CUDA tensors plain PyTorch does their work: the guided filter, and calibrations from few samples.
+WITHOUT_CUDA_KERNEL = {"truncate", "_truncate_backward", "_solve_few_samples"}
 # Instructions of spills that stay: a register or two, cheaper than the occupancy that would save them.
 KNOWN_SPILLS = {
     "sm_80 deform_conv2d::input_gradients<float, deform_conv2d::Tf32Product<float, false> >": 4,
@@ -69,16 +68,15 @@ def test_no_kernel_spills_registers(kernels: dict[str, cuda_resources.Kernels]) 
     assert {name: count for name, count in spilling.items() if count > KNOWN_SPILLS.get(name, 0)} == {}
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "input_gradients", "weight_sums"])
 def test_deform_conv2d_uses_the_matrix_units_and_moves_16_bytes(
-    direction: str, kernels: dict[str, cuda_resources.Kernels]
+    kernel: str, dtype: str, kernels: dict[str, cuda_resources.Kernels]
 ) -> None:
     for arch, found in kernels.items():
-        if arch == "sm_75":
-            continue
-        for dtype in ("bfloat16", "float16"):
-            rows = [r for name, r in found.items() if "deform_conv2d" in name and direction in name and dtype in name]
-            assert any(row["matrix"] and row["load_16_bytes"] for row in rows), f"{arch}: {direction} in {dtype}"
+        if arch != "sm_75":
+            rows = [row for name, row in found.items() if name.startswith(f"deform_conv2d::{kernel}<{dtype}")]
+            assert any(row["matrix"] and row["load_16_bytes"] for row in rows), arch
 
 
 def test_input_gradient_is_reduced_by_vectors_from_sm_90_on(kernels: dict[str, cuda_resources.Kernels]) -> None:
