@@ -45,6 +45,12 @@ constexpr double kMergeMax<uint16_t> = 65535;
 
 template <int N, class A, class T>
 HDROPS_HD vec<A, N> load_reading(const T* source) {
+#if defined(HDROPS_HAVE_AVX2)
+  if constexpr (sizeof(T) == 1 && N == 8 && sizeof(A) == 4) {  // GCC converts bytes one by one
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
+    return bit_cast_vec<vec<A, N>>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)));
+  }
+#endif
   if constexpr (kMergeMax<T> > 1) {
     return __builtin_convertvector(load<N>(source), vec<A, N>);
   } else {
@@ -248,12 +254,13 @@ void prepare_offsets(const MergeParams<A>& p, int64_t block, MergeWorkspace<T, A
   }
 }
 
-// ln g of the codes 0 and 255, element by element of an interleaved block with a curve for each channel.
+// ln g of the codes 0 and 255, element by element of a block.
 template <class T, class A>
 void prepare_ends(const MergeParams<A>& p, const MergeStream<T, A>& s, int64_t block, MergeWorkspace<T, A>& ws) {
-  if (s.log_curve == nullptr || !p.interleaved || p.log_curve_stride_c == 0) return;
+  if (s.log_curve == nullptr) return;
+  const bool offsets = p.interleaved && p.log_curve_stride_c != 0;
   for (int64_t i = 0; i < block; ++i) {
-    const A* log_curve = s.log_curve + ws.code_offset[i];
+    const A* log_curve = s.log_curve + (offsets ? ws.code_offset[i] : 0);
     ws.darkest[i] = log_curve[0];
     ws.brightest[i] = log_curve[kCodes8 - 1];
   }
@@ -282,8 +289,8 @@ constexpr int kOneTable = -1, kAnyChannels = 3;
 // The terms of code z, the k-th from element i.
 template <int kChannel, class A>
 HDROPS_HD const A* entry_of_code(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
-                                 const MergeWorkspace<uint8_t, A>& ws, int64_t i, int k, uint32_t z) {
-  const A* entry = s.table + kCodeTerms * uint64_t(z);
+                                 const MergeWorkspace<uint8_t, A>& ws, int64_t i, int k, uint64_t z) {
+  const A* entry = s.table + kCodeTerms * z;
   if constexpr (kChannel == kAnyChannels) {
     entry += kCodeTerms * ws.code_offset[i + k];
   } else if constexpr (kChannel != kOneTable) {
@@ -298,6 +305,17 @@ struct PairSums {
   vec<A, 4> terms, timed;
 };
 
+template <class A>
+HDROPS_HD vec<A, 4> load_two_entries(const A* first, const A* second) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(A) == 4) {  // the second load fills the upper half, which GCC does not find by itself
+    const __m128 low = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(first)));
+    return bit_cast_vec<vec<A, 4>>(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)));
+  }
+#endif
+  return __builtin_shufflevector(load<kCodeTerms>(first), load<kCodeTerms>(second), 0, 1, 2, 3);
+}
+
 // Adds a frame's terms of kGroup 8-bit codes from i. Four codes are loaded as one word, since it is loads that bound
 // this.
 template <int kGroup, int kChannel, bool kShares, class A>
@@ -308,12 +326,11 @@ HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uin
   const uint8_t* row = ws.ordered_row[j] + i;
   const A log_exposure = s.log_exposures[j];
   for (int k = 0; k < kGroup; k += 2) {
-    uint32_t word = 0;
-    __builtin_memcpy(&word, row + k / 4 * 4, 4);
-    word >>= k % 4 * 8;
-    auto first = load<kCodeTerms>(entry_of_code<kChannel>(p, s, ws, i, k, word & 255));
-    auto second = load<kCodeTerms>(entry_of_code<kChannel>(p, s, ws, i, k + 1, word >> 8 & 255));
-    vec<A, 4> terms = __builtin_shufflevector(first, second, 0, 1, 2, 3);
+    uint32_t four;
+    __builtin_memcpy(&four, row + k / 4 * 4, 4);
+    const uint64_t word = uint64_t(four) >> k % 4 * 8;
+    vec<A, 4> terms = load_two_entries(entry_of_code<kChannel>(p, s, ws, i, k, word & 255),
+                                       entry_of_code<kChannel>(p, s, ws, i, k + 1, word >> 8 & 255));
     if constexpr (kShares) {
       const A* share = ws.ordered_share[j] + i + k;
       terms *= vec<A, 4>{share[0], share[0], share[1], share[1]};
@@ -395,8 +412,7 @@ void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
 template <class T, class A>
 void accumulate(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
   if constexpr (sizeof(T) == 1) {
-    p.mask_kind != MergeMask::none ? accumulate_codes<true>(p, s, ws, count)
-                                   : accumulate_codes<false>(p, s, ws, count);
+    p.mask_kind != MergeMask::none ? accumulate_codes<true>(p, s, ws, count) : accumulate_codes<false>(p, s, ws, count);
   } else {
     constexpr int N = kLanes<A>;
     int64_t i = 0;
@@ -545,23 +561,12 @@ HDROPS_HD FallbackFrames<N, A> fallback_frames(const MergeParams<A>& p, const Me
   return {count, bright ? shortest : longest, bright ? short_time : long_time};
 }
 
-// Whether elements of nearly no weight have no codes but 0 and 255: not so where a mask weighs them.
-template <class A>
-HDROPS_HD bool only_ends_left(const MergeParams<A>& p) {
-  return p.only_ends_clip && p.mask_kind != MergeMask::real;
-}
-
 // ln g of N readings that are numbers.
 template <int N, class T, class A>
 HDROPS_HD vec<A, N> log_response(const MergeParams<A>& p, const MergeStream<T, A>& s, const MergeWorkspace<T, A>& ws,
                                  int64_t i, vec<A, N> reading) {
   if constexpr (sizeof(T) == 1) {
     const bool offsets = p.interleaved && p.log_curve_stride_c != 0;
-    if (only_ends_left(p)) {
-      const vec<A, N> darkest = offsets ? load<N>(ws.darkest + i) : splat<N>(s.log_curve[0]);
-      const vec<A, N> brightest = offsets ? load<N>(ws.brightest + i) : splat<N>(s.log_curve[kCodes8 - 1]);
-      return reading > splat<N>(A(0)) ? brightest : darkest;
-    }
     vec<int32_t, N> code = __builtin_convertvector(reading, vec<int32_t, N>);
     if (offsets) code += load<N>(ws.code_offset + i);
     return gather_entries<N>(s.log_curve, code);
@@ -583,8 +588,7 @@ HDROPS_HD bool any_lane(V mask) {
 template <int N, class T, class A>
 HDROPS_HD bool fall_back(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t i) {
   auto lost = load<N>(ws.weight_sum + i) <= splat<N>(A(kNoWeight));
-  const bool always = sizeof(T) == 1 && only_ends_left(p);  // cheaper than to ask
-  if (!always && !any_lane(lost)) return true;
+  if (!any_lane(lost)) return true;
   const FallbackFrames<N, A> frames = fallback_frames<N>(p, s, ws, i);
   const vec<A, N> estimate = log_response<N>(p, s, ws, i, frames.reading) - frames.log_exposure;
   auto found = frames.count > splat<N>(A(0));
@@ -603,6 +607,31 @@ void resolve_each(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWork
   }
 }
 
+// The fallback of N codes that no mask weighs, where an element of nearly no weight has no codes but 0 and 255.
+template <int N, class A>
+HDROPS_HD void fall_back_to_ends(const uint8_t* shortest, const uint8_t* middle, const uint8_t* longest, A short_time,
+                                 A long_time, const MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+  const vec<A, N> half = splat<N>(A(kMergeMax<uint8_t> / 2));
+  auto bright = load_reading<N, A>(middle + i) > half;
+  const vec<A, N> code = bright ? load_reading<N, A>(shortest + i) : load_reading<N, A>(longest + i);
+  const vec<A, N> log_response = code > half ? load<N>(ws.brightest + i) : load<N>(ws.darkest + i);
+  const vec<A, N> estimate = log_response - (bright ? splat<N>(short_time) : splat<N>(long_time));
+  const vec<A, N> merged = load<N>(ws.log_radiance + i);
+  store<N>(ws.log_radiance + i, load<N>(ws.weight_sum + i) <= splat<N>(A(kNoWeight)) ? estimate : merged);
+}
+
+template <class A>
+void fall_back_to_ends(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                       int64_t count) {
+  constexpr int N = kLanes<A>;
+  const int64_t last = p.frames - 1;
+  const uint8_t *shortest = ws.ordered_row[0], *middle = ws.ordered_row[last / 2], *longest = ws.ordered_row[last];
+  const A short_time = s.log_exposures[0], long_time = s.log_exposures[last];
+  int64_t i = 0;
+  for (; i + N <= count; i += N) fall_back_to_ends<N, A>(shortest, middle, longest, short_time, long_time, ws, i);
+  for (; i < count; ++i) fall_back_to_ends<1, A>(shortest, middle, longest, short_time, long_time, ws, i);
+}
+
 // ln E of a prepared block.
 template <class T, class A>
 void merge_block(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
@@ -612,6 +641,9 @@ void merge_block(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorks
   if (!p.fallback) {
     if (kMergeMax<T> == 1 || p.mask_kind != MergeMask::none) resolve_each(p, s, ws, 0, count);
     return;
+  }
+  if constexpr (sizeof(T) == 1) {
+    if (p.only_ends_clip && p.mask_kind == MergeMask::none) return fall_back_to_ends(p, s, ws, count);
   }
   int64_t i = 0;
   for (; i + N <= count; i += N) {
