@@ -66,10 +66,11 @@ def bracket(frames: int, height: int, width: int, brightest: float = 8.0) -> tup
     return torch.stack(codes)[None].movedim(-1, 2), times
 
 
-def merging(frames: int, height: int, width: int, brightest: float = 8.0) -> Contenders:
+def merging(frames: int, height: int, width: int, brightest: float = 8.0, channels: int = 1) -> Contenders:
+    """One response for all channels, or one for each of three, as calibration gives."""
     stack, times = bracket(frames, height, width, brightest)
     log_times = times.log().float()[None]
-    curve = torch.linspace(0, 1, 256) ** 2.2 + 1e-4
+    curve = torch.stack([torch.linspace(0, 1, 256) ** (2.2 + 0.1 * c) + 1e-4 for c in range(channels)])[None]
     planar = stack.contiguous()
     found: Contenders = {
         "hdrops": without_gradients(lambda: hdrops.merge_exposures(stack, log_times, curve, weight="debevec")),
@@ -78,7 +79,7 @@ def merging(frames: int, height: int, width: int, brightest: float = 8.0) -> Con
     cv2 = optional("cv2")
     if cv2 is not None:
         images = [frame.movedim(0, -1).contiguous().numpy() for frame in stack[0]]
-        response = curve.numpy().reshape(256, 1, 1).repeat(3, axis=2)
+        response = curve.expand(1, 3, 256)[0].t().reshape(256, 1, 3).contiguous().numpy()
         seconds = times.float().numpy()
         merger = cv2.createMergeDebevec()
         found["OpenCV MergeDebevec"] = lambda: merger.process(images, seconds, response)
@@ -157,6 +158,12 @@ CASES = [
     Case(
         "merge_exposures uint8 5x3x1080p, scene within the bracket",
         lambda: merging(5, 1080, 1920, brightest=3.9),
+        {"OpenCV MergeDebevec": 10},
+        bytes=9.0 * MEGA,
+    ),
+    Case(
+        "merge_exposures uint8 5x3x1080p, a response for each channel",
+        lambda: merging(5, 1080, 1920, channels=3),
         {"OpenCV MergeDebevec": 10},
         bytes=9.0 * MEGA,
     ),

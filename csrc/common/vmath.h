@@ -15,15 +15,14 @@ HDROPS_HD vec<float, N> vexp(vec<float, N> x) {
   F power = shifted - 12582912.0f;
   F r = x - power * 0.693359375f;
   r = r + power * 2.12194440e-4f;
-  F series = splat<N>(1.9875691500e-4f);
-  series = series * r + 1.3981999507e-3f;
-  series = series * r + 8.3334519073e-3f;
-  series = series * r + 4.1665795894e-2f;
-  series = series * r + 1.6666665459e-1f;
-  series = series * r + 5.0000001201e-1f;
-  series = (series * r) * r + r + 1.0f;
-  I scale = (bit_cast_vec<I>(shifted) + 127) << 23;
-  return series * bit_cast_vec<F>(scale);
+  // In pairs, so that the multiplications do not wait for one another.
+  F square = r * r;
+  F fifth = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  F third = r * 8.3334519073e-3f + 4.1665795894e-2f;
+  F first = r * 1.6666665459e-1f + 5.0000001201e-1f;
+  F series = ((fifth * square + third) * square + first) * square + (r + 1.0f);
+  // The series is a normal number near 1, whose exponent takes the power of 2.
+  return bit_cast_vec<F>(bit_cast_vec<I>(series) + (bit_cast_vec<I>(shifted) << 23));
 }
 
 // log of a positive number, subnormal ones taken as the smallest normal.

@@ -1,10 +1,10 @@
 // Exposure merging of a block of elements, the part that forward and backward share. Compiled per instruction set.
 //
 // prepare() points at the block's readings, frame after frame in order of exposure; accumulate() sums w and
-// w (ln g - ln t) over the frames; an element whose weights sum to nearly nothing goes through resolve(), alone, which
-// knows every rule: masks, NaN, clipping in every frame. 8-bit codes read all terms of a frame from a table in one
-// load, those of the fallback among them, which without a mask needs no resolve(). Other readings are evaluated in
-// vectors, with the same code for one lane and for many.
+// w (ln g - ln t) over the frames, of 8-bit codes from a table, of other readings evaluated in vectors, with the same
+// code for one lane and for many. Elements whose weights sum to nearly nothing are then estimated by fall_back(), in
+// vectors too; where no frame is left to do so by, and in the backward pass, by resolve(), which takes one element and
+// knows every rule: masks, NaN, clipping in every frame.
 namespace hdrops {
 namespace HDROPS_ISA {
 
@@ -37,6 +37,12 @@ MergeStream<T, A> merge_stream(const MergeParams<A>& p, int64_t index) {
 
 template <int N, class A, class T>
 HDROPS_HD vec<A, N> load_reading(const T* source) {
+#if defined(HDROPS_HAVE_AVX2)
+  if constexpr (sizeof(T) == 1 && N == 8 && sizeof(A) == 4) {  // GCC converts bytes one by one
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
+    return bit_cast_vec<vec<A, N>>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)));
+  }
+#endif
   if constexpr (kMergeMax<T> > 1) {
     return __builtin_convertvector(load<N>(source), vec<A, N>);
   } else {
@@ -221,6 +227,18 @@ void prepare_offsets(const MergeParams<A>& p, int64_t block, MergeWorkspace<T, A
   }
 }
 
+// ln g of the codes 0 and 255, element by element of a block.
+template <class T, class A>
+void prepare_ends(const MergeParams<A>& p, const MergeStream<T, A>& s, int64_t block, MergeWorkspace<T, A>& ws) {
+  if (s.log_curve == nullptr) return;
+  const bool offsets = p.interleaved && p.log_curve_stride_c != 0;
+  for (int64_t i = 0; i < block; ++i) {
+    const A* log_curve = s.log_curve + (offsets ? ws.code_offset[i] : 0);
+    ws.darkest[i] = log_curve[0];
+    ws.brightest[i] = log_curve[kCodes8 - 1];
+  }
+}
+
 // Sums of N elements from i, readings evaluated as vectors.
 template <int N, class T, class A>
 HDROPS_HD void accumulate_readings(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws,
@@ -241,125 +259,133 @@ HDROPS_HD void accumulate_readings(const MergeParams<A>& p, const MergeStream<T,
 // as code_offset says.
 constexpr int kOneTable = -1, kAnyChannels = 3;
 
-// Adds a frame's terms of kGroup 8-bit codes from i, one load each.
+// The terms of code z, the k-th from element i.
+template <int kChannel, class A>
+HDROPS_HD const A* entry_of_code(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                                 const MergeWorkspace<uint8_t, A>& ws, int64_t i, int k, uint64_t z) {
+  const A* entry = s.table + kCodeTerms * z;
+  if constexpr (kChannel == kAnyChannels) {
+    entry += kCodeTerms * ws.code_offset[i + k];
+  } else if constexpr (kChannel != kOneTable) {
+    entry += (kChannel + k) % 3 * (kCodeTerms * kCodes8);
+  }
+  return entry;
+}
+
+// Sums of two codes: w and w ln g of the first, then of the second; and those times ln t.
+template <class A>
+struct PairSums {
+  vec<A, 4> terms, timed;
+};
+
+template <class A>
+HDROPS_HD vec<A, 4> load_two_entries(const A* first, const A* second) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(A) == 4) {  // the second load fills the upper half, which GCC does not find by itself
+    const __m128 low = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(first)));
+    return bit_cast_vec<vec<A, 4>>(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)));
+  }
+#endif
+  return __builtin_shufflevector(load<kCodeTerms>(first), load<kCodeTerms>(second), 0, 1, 2, 3);
+}
+
+// Adds a frame's terms of kGroup 8-bit codes from i. Four codes are loaded as one word, since it is loads that bound
+// this.
 template <int kGroup, int kChannel, bool kShares, class A>
 HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
                                   const MergeWorkspace<uint8_t, A>& ws, int64_t j, int64_t i,
-                                  vec<A, kCodeTerms> (&sums)[kGroup]) {
-  const A* table = s.table + j * kCodeTerms * kCodes8;
+                                  PairSums<A> (&sums)[kGroup / 2]) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first code is a word's lowest byte");
   const uint8_t* row = ws.ordered_row[j] + i;
-  for (int k = 0; k < kGroup; ++k) {
-    const A* entry = table + kCodeTerms * int64_t(row[k]);
-    if constexpr (kChannel == kAnyChannels) {
-      entry += ws.code_offset[i + k] * (kCodeTerms * p.frames);
-    } else if constexpr (kChannel != kOneTable) {
-      entry += (kChannel + k) % 3 * p.table_stride_c;
+  const A log_exposure = s.log_exposures[j];
+  for (int k = 0; k < kGroup; k += 2) {
+    uint32_t four;
+    __builtin_memcpy(&four, row + k / 4 * 4, 4);
+    const uint64_t word = uint64_t(four) >> k % 4 * 8;
+    vec<A, 4> terms = load_two_entries(entry_of_code<kChannel>(p, s, ws, i, k, word & 255),
+                                       entry_of_code<kChannel>(p, s, ws, i, k + 1, word >> 8 & 255));
+    if constexpr (kShares) {
+      const A* share = ws.ordered_share[j] + i + k;
+      terms *= vec<A, 4>{share[0], share[0], share[1], share[1]};
     }
-    vec<A, kCodeTerms> terms = load<kCodeTerms>(entry);
-    if constexpr (kShares) terms *= ws.ordered_share[j][i + k];
-    sums[k] += terms;
+    sums[k / 2].terms += terms;
+    sums[k / 2].timed += terms * log_exposure;
   }
 }
 
-// Sums over the frames; of a number known to the compiler (kFrames) unrolled, which is twice as fast, else 0.
-template <int kFrames, int kGroup, int kChannel, bool kShares, class A>
-HDROPS_HD void sum_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
-                         const MergeWorkspace<uint8_t, A>& ws, int64_t i, vec<A, kCodeTerms> (&sums)[kGroup]) {
+template <class A>
+HDROPS_HD vec<A, 8> join(vec<A, 4> low, vec<A, 4> high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// Sums of eight codes from i, over the frames; of a number known to the compiler (kFrames) unrolled, else 0.
+template <int kFrames, int kChannel, bool kShares, class A>
+HDROPS_HD void accumulate_eight_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                                      MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+  PairSums<A> sums[4] = {};
   if constexpr (kFrames > 0) {
 #pragma GCC unroll 8
-    for (int64_t j = 0; j < kFrames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
+    for (int64_t j = 0; j < kFrames; ++j) add_frame_of_codes<8, kChannel, kShares>(p, s, ws, j, i, sums);
   } else {
-    for (int64_t j = 0; j < p.frames; ++j) add_frame_of_codes<kGroup, kChannel, kShares>(p, s, ws, j, i, sums);
+    for (int64_t j = 0; j < p.frames; ++j) add_frame_of_codes<8, kChannel, kShares>(p, s, ws, j, i, sums);
   }
+  auto terms02 = join<A>(sums[0].terms, sums[2].terms), terms13 = join<A>(sums[1].terms, sums[3].terms);
+  auto timed02 = join<A>(sums[0].timed, sums[2].timed), timed13 = join<A>(sums[1].timed, sums[3].timed);
+  store<8>(ws.weight_sum + i, __builtin_shufflevector(terms02, terms13, 0, 2, 8, 10, 4, 6, 12, 14));
+  store<8>(ws.value_sum + i, __builtin_shufflevector(terms02, terms13, 1, 3, 9, 11, 5, 7, 13, 15) -
+                                 __builtin_shufflevector(timed02, timed13, 0, 2, 8, 10, 4, 6, 12, 14));
 }
 
-// Of N codes that no mask weighs: the weighted mean or, by fallback, the estimate of the one frame that
-// MergePlan::tabulate left the greater.
-template <int N, class A>
-HDROPS_HD vec<A, N> log_radiance_of_terms(const MergeParams<A>& p, vec<A, N> weight, vec<A, N> value,
-                                          vec<A, N> shortest, vec<A, N> longest) {
-  const vec<A, N> least = splat<N>(p.fallback ? A(kNoWeight) : A(-1));
-  vec<A, N> mean = value / (weight + A(kMergeEpsilon));
-  return weight <= least ? vmax(shortest, longest) : mean;
-}
-
-template <class A>
-HDROPS_HD void store_log_radiance(const MergeParams<A>& p, const vec<A, kCodeTerms> (&sums)[1], A* target) {
-  const vec<A, kCodeTerms> t = sums[0];
-  store<1>(target, log_radiance_of_terms<1>(p, splat<1>(t[0]), splat<1>(t[1]), splat<1>(t[2]), splat<1>(t[3])));
-}
-
-// The same of eight: elements k and k + 4 side by side, then transposed in each half.
-template <class A>
-HDROPS_HD void store_log_radiance(const MergeParams<A>& p, const vec<A, kCodeTerms> (&sums)[8], A* target) {
-  auto t0 = __builtin_shufflevector(sums[0], sums[4], 0, 1, 2, 3, 4, 5, 6, 7);
-  auto t1 = __builtin_shufflevector(sums[1], sums[5], 0, 1, 2, 3, 4, 5, 6, 7);
-  auto t2 = __builtin_shufflevector(sums[2], sums[6], 0, 1, 2, 3, 4, 5, 6, 7);
-  auto t3 = __builtin_shufflevector(sums[3], sums[7], 0, 1, 2, 3, 4, 5, 6, 7);
-  auto low01 = __builtin_shufflevector(t0, t1, 0, 8, 1, 9, 4, 12, 5, 13);
-  auto low23 = __builtin_shufflevector(t2, t3, 0, 8, 1, 9, 4, 12, 5, 13);
-  auto high01 = __builtin_shufflevector(t0, t1, 2, 10, 3, 11, 6, 14, 7, 15);
-  auto high23 = __builtin_shufflevector(t2, t3, 2, 10, 3, 11, 6, 14, 7, 15);
-  vec<A, 8> weight = __builtin_shufflevector(low01, low23, 0, 1, 8, 9, 4, 5, 12, 13);
-  vec<A, 8> value = __builtin_shufflevector(low01, low23, 2, 3, 10, 11, 6, 7, 14, 15);
-  vec<A, 8> shortest = __builtin_shufflevector(high01, high23, 0, 1, 8, 9, 4, 5, 12, 13);
-  vec<A, 8> longest = __builtin_shufflevector(high01, high23, 2, 3, 10, 11, 6, 7, 14, 15);
-  store<8>(target, log_radiance_of_terms<8>(p, weight, value, shortest, longest));
-}
-
-// What a block's sums become: themselves, without and with a mask's shares, or ln E where there is no mask.
-enum class CodeResult { sums, shared_sums, log_radiance };
-
-template <CodeResult kResult, int kFrames, int kGroup, int kChannel, class A>
-HDROPS_HD void merge_group(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
-                           int64_t i) {
-  vec<A, kCodeTerms> sums[kGroup] = {};
-  sum_codes<kFrames, kGroup, kChannel, kResult == CodeResult::shared_sums>(p, s, ws, i, sums);
-  if constexpr (kResult == CodeResult::log_radiance) {
-    store_log_radiance(p, sums, ws.log_radiance + i);
-  } else {
-    for (int k = 0; k < kGroup; ++k) {
-      ws.weight_sum[i + k] = sums[k][0];
-      ws.value_sum[i + k] = sums[k][1];
-    }
+// The same of one code.
+template <int kChannel, bool kShares, class A>
+HDROPS_HD void accumulate_one_code(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                                   MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+  A weight = 0, value = 0, timed = 0;
+  for (int64_t j = 0; j < p.frames; ++j) {
+    auto terms = load<kCodeTerms>(entry_of_code<kChannel>(p, s, ws, i, 0, ws.ordered_row[j][i]));
+    if constexpr (kShares) terms *= ws.ordered_share[j][i];
+    weight += terms[0];
+    value += terms[1];
+    timed += terms[0] * s.log_exposures[j];
   }
+  ws.weight_sum[i] = weight;
+  ws.value_sum[i] = value - timed;
 }
 
-template <CodeResult kResult, int kFrames, class A>
-void merge_codes_unrolled(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
-                          int64_t count) {
+template <int kFrames, bool kShares, class A>
+void accumulate_codes_of(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                         int64_t count) {
   int64_t i = 0;
   if (!p.interleaved || p.table_stride_c == 0) {
-    for (; i + 8 <= count; i += 8) merge_group<kResult, kFrames, 8, kOneTable>(p, s, ws, i);
-    for (; i < count; ++i) merge_group<kResult, 0, 1, kOneTable>(p, s, ws, i);
+    for (; i + 8 <= count; i += 8) accumulate_eight_codes<kFrames, kOneTable, kShares>(p, s, ws, i);
+    for (; i < count; ++i) accumulate_one_code<kOneTable, kShares>(p, s, ws, i);
     return;
   }
   if (p.channels == 3) {
     for (; i + 24 <= count; i += 24) {
-      merge_group<kResult, kFrames, 8, 0>(p, s, ws, i);
-      merge_group<kResult, kFrames, 8, 2>(p, s, ws, i + 8);
-      merge_group<kResult, kFrames, 8, 1>(p, s, ws, i + 16);
+      accumulate_eight_codes<kFrames, 0, kShares>(p, s, ws, i);
+      accumulate_eight_codes<kFrames, 2, kShares>(p, s, ws, i + 8);
+      accumulate_eight_codes<kFrames, 1, kShares>(p, s, ws, i + 16);
     }
   }
-  for (; i + 8 <= count; i += 8) merge_group<kResult, 0, 8, kAnyChannels>(p, s, ws, i);
-  for (; i < count; ++i) merge_group<kResult, 0, 1, kAnyChannels>(p, s, ws, i);
+  for (; i + 8 <= count; i += 8) accumulate_eight_codes<0, kAnyChannels, kShares>(p, s, ws, i);
+  for (; i < count; ++i) accumulate_one_code<kAnyChannels, kShares>(p, s, ws, i);
 }
 
-template <CodeResult kResult, class A>
-void merge_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
-                 int64_t count) {
-  if (p.frames == 3) return merge_codes_unrolled<kResult, 3>(p, s, ws, count);
-  if (p.frames == 4) return merge_codes_unrolled<kResult, 4>(p, s, ws, count);
-  if (p.frames == 5) return merge_codes_unrolled<kResult, 5>(p, s, ws, count);
-  merge_codes_unrolled<kResult, 0>(p, s, ws, count);
+template <bool kShares, class A>
+void accumulate_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                      int64_t count) {
+  if (p.frames == 3) return accumulate_codes_of<3, kShares>(p, s, ws, count);
+  if (p.frames == 4) return accumulate_codes_of<4, kShares>(p, s, ws, count);
+  if (p.frames == 5) return accumulate_codes_of<5, kShares>(p, s, ws, count);
+  accumulate_codes_of<0, kShares>(p, s, ws, count);
 }
 
 // Sums of a prepared block.
 template <class T, class A>
 void accumulate(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
   if constexpr (sizeof(T) == 1) {
-    p.mask_kind != MergeMask::none ? merge_codes<CodeResult::shared_sums>(p, s, ws, count)
-                                   : merge_codes<CodeResult::sums>(p, s, ws, count);
+    p.mask_kind != MergeMask::none ? accumulate_codes<true>(p, s, ws, count) : accumulate_codes<false>(p, s, ws, count);
   } else {
     constexpr int N = kLanes<A>;
     int64_t i = 0;
@@ -456,16 +482,148 @@ bool log_radiance_of_sums(const A* weight_sum, const A* value_sum, A* log_radian
   return smallest <= A(kNoWeight);
 }
 
+// Of N elements: the frames that the fallback looks at, those that are NaN or masked left out.
+template <int N, class A>
+struct FallbackFrames {
+  vec<A, N> count;  // of the frames that are left
+  vec<A, N> reading, log_exposure;
+};
+
+template <int N, class T, class A>
+HDROPS_HD vec<A, N> frame_reading(const MergeWorkspace<T, A>& ws, int64_t j, int64_t i) {
+  return load_reading<N, A>(ws.ordered_row[j] + i);
+}
+
+// 1 where a frame's reading is left to be used, else 0.
+template <int N, class T, class A>
+HDROPS_HD vec<A, N> usable(const MergeWorkspace<T, A>& ws, int64_t j, int64_t i, vec<A, N> reading) {
+  const vec<A, N> zero = splat<N>(A(0)), one = splat<N>(A(1));
+  vec<A, N> use = reading == reading ? one : zero;
+  if (ws.ordered_share[j] != nullptr) use = load<N>(ws.ordered_share[j] + i) > zero ? use : zero;
+  return use;
+}
+
+// The shortest frame's reading where the middle one is bright, else the longest's.
+template <int N, class T, class A>
+HDROPS_HD FallbackFrames<N, A> fallback_frames(const MergeParams<A>& p, const MergeStream<T, A>& s,
+                                               const MergeWorkspace<T, A>& ws, int64_t i) {
+  const vec<A, N> zero = splat<N>(A(0)), half = splat<N>(A(kMergeMax<T> / 2));
+  if (kMergeMax<T> > 1 && p.mask_kind == MergeMask::none) {
+    const int64_t last = p.frames - 1;
+    auto bright = frame_reading<N>(ws, last / 2, i) > half;
+    return {splat<N>(A(p.frames)), bright ? frame_reading<N>(ws, 0, i) : frame_reading<N>(ws, last, i),
+            bright ? splat<N>(s.log_exposures[0]) : splat<N>(s.log_exposures[last])};
+  }
+  vec<A, N> count = zero;
+  for (int64_t j = 0; j < p.frames; ++j) count += usable<N>(ws, j, i, frame_reading<N>(ws, j, i));
+  vec<A, N> rank = zero, middle = zero, shortest = zero, longest = zero, short_time = zero, long_time = zero;
+  for (int64_t j = 0; j < p.frames; ++j) {
+    const vec<A, N> value = frame_reading<N>(ws, j, i), log_exposure = splat<N>(s.log_exposures[j]);
+    const vec<A, N> use = usable<N>(ws, j, i, value);
+    auto used = use > zero, first = used & (rank == zero);
+    // Rank (count - 1) / 2, rounded down: the one for which 2 rank is count - 1 or count - 2.
+    auto central = used & (rank + rank <= count - A(1)) & (rank + rank >= count - A(2));
+    shortest = first ? value : shortest;
+    short_time = first ? log_exposure : short_time;
+    middle = central ? value : middle;
+    longest = used ? value : longest;
+    long_time = used ? log_exposure : long_time;
+    rank += use;
+  }
+  auto bright = middle > half;
+  return {count, bright ? shortest : longest, bright ? short_time : long_time};
+}
+
+// ln g of N readings that are numbers.
+template <int N, class T, class A>
+HDROPS_HD vec<A, N> log_response(const MergeParams<A>& p, const MergeStream<T, A>& s, const MergeWorkspace<T, A>& ws,
+                                 int64_t i, vec<A, N> reading) {
+  if constexpr (sizeof(T) == 1) {
+    const bool offsets = p.interleaved && p.log_curve_stride_c != 0;
+    vec<int32_t, N> code = __builtin_convertvector(reading, vec<int32_t, N>);
+    if (offsets) code += load<N>(ws.code_offset + i);
+    return gather_entries<N>(s.log_curve, code);
+  } else {
+    const int32_t* offset = p.interleaved && p.curve_stride_c != 0 ? ws.curve_offset + i : nullptr;
+    return vlog<N>(frame_terms<T, N>(p, s.curve, offset, reading).response);
+  }
+}
+
+template <class V>
+HDROPS_HD bool any_lane(V mask) {
+  bool any = false;
+  for (size_t lane = 0; lane < sizeof(mask) / sizeof(mask[0]); ++lane) any |= mask[lane] != 0;
+  return any;
+}
+
+// ln E of those of N elements from i that have nearly no weight; returns whether each had a frame that is neither NaN
+// nor masked. Those that had none are left as they are.
+template <int N, class T, class A>
+HDROPS_HD bool fall_back(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t i) {
+  auto lost = load<N>(ws.weight_sum + i) <= splat<N>(A(kNoWeight));
+  if (!any_lane(lost)) return true;
+  const FallbackFrames<N, A> frames = fallback_frames<N>(p, s, ws, i);
+  const vec<A, N> estimate = log_response<N>(p, s, ws, i, frames.reading) - frames.log_exposure;
+  auto found = frames.count > splat<N>(A(0));
+  const vec<A, N> merged = load<N>(ws.log_radiance + i);
+  store<N>(ws.log_radiance + i, lost & found ? estimate : merged);
+  if (kMergeMax<T> > 1 && p.mask_kind == MergeMask::none) return true;
+  return !any_lane(lost & ~found);
+}
+
+// ln E by resolve() of the elements [begin, end) that have nearly no weight.
+template <class T, class A>
+void resolve_each(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t begin,
+                  int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (ws.weight_sum[i] <= A(kNoWeight)) ws.log_radiance[i] = resolve(p, s, ws, i);
+  }
+}
+
+// The fallback of N codes that no mask weighs, where an element of nearly no weight has no codes but 0 and 255.
+template <int N, class A>
+HDROPS_HD void fall_back_to_ends(const uint8_t* shortest, const uint8_t* middle, const uint8_t* longest, A short_time,
+                                 A long_time, const MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+  const vec<A, N> half = splat<N>(A(kMergeMax<uint8_t> / 2));
+  auto bright = load_reading<N, A>(middle + i) > half;
+  const vec<A, N> code = bright ? load_reading<N, A>(shortest + i) : load_reading<N, A>(longest + i);
+  const vec<A, N> log_response = code > half ? load<N>(ws.brightest + i) : load<N>(ws.darkest + i);
+  const vec<A, N> estimate = log_response - (bright ? splat<N>(short_time) : splat<N>(long_time));
+  const vec<A, N> merged = load<N>(ws.log_radiance + i);
+  store<N>(ws.log_radiance + i, load<N>(ws.weight_sum + i) <= splat<N>(A(kNoWeight)) ? estimate : merged);
+}
+
+template <class A>
+void fall_back_to_ends(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
+                       int64_t count) {
+  constexpr int N = kLanes<A>;
+  const int64_t last = p.frames - 1;
+  const uint8_t *shortest = ws.ordered_row[0], *middle = ws.ordered_row[last / 2], *longest = ws.ordered_row[last];
+  const A short_time = s.log_exposures[0], long_time = s.log_exposures[last];
+  int64_t i = 0;
+  for (; i + N <= count; i += N) fall_back_to_ends<N, A>(shortest, middle, longest, short_time, long_time, ws, i);
+  for (; i < count; ++i) fall_back_to_ends<1, A>(shortest, middle, longest, short_time, long_time, ws, i);
+}
+
 // ln E of a prepared block.
 template <class T, class A>
 void merge_block(const MergeParams<A>& p, const MergeStream<T, A>& s, MergeWorkspace<T, A>& ws, int64_t count) {
-  if constexpr (sizeof(T) == 1) {
-    if (p.mask_kind == MergeMask::none) return merge_codes<CodeResult::log_radiance>(p, s, ws, count);
-  }
+  constexpr int N = kLanes<A>;
   accumulate(p, s, ws, count);
   if (!log_radiance_of_sums(ws.weight_sum, ws.value_sum, ws.log_radiance, count)) return;
-  for (int64_t i = 0; i < count; ++i) {
-    if (ws.weight_sum[i] <= A(kNoWeight)) ws.log_radiance[i] = resolve(p, s, ws, i);
+  if (!p.fallback) {
+    if (kMergeMax<T> == 1 || p.mask_kind != MergeMask::none) resolve_each(p, s, ws, 0, count);
+    return;
+  }
+  if constexpr (sizeof(T) == 1) {
+    if (p.only_ends_clip && p.mask_kind == MergeMask::none) return fall_back_to_ends(p, s, ws, count);
+  }
+  int64_t i = 0;
+  for (; i + N <= count; i += N) {
+    if (!fall_back<N>(p, s, ws, i)) resolve_each(p, s, ws, i, i + N);
+  }
+  for (; i < count; ++i) {
+    if (!fall_back<1>(p, s, ws, i)) resolve_each(p, s, ws, i, i + 1);
   }
 }
 

@@ -28,6 +28,7 @@ void merge_forward_tasks(const MergeParams<A>& p, const MergeTasks& tasks, int64
   for (int64_t task = first_task; task < tasks.count(); task += task_step) {
     const int64_t stream = task / tasks.tasks_per_stream;
     const MergeStream<T, A> s = merge_stream<T>(p, stream);
+    prepare_ends(p, s, block, ws);
     int64_t begin = task % tasks.tasks_per_stream * tasks.task_length;
     const int64_t end =
         begin + tasks.task_length < tasks.stream_length ? begin + tasks.task_length : tasks.stream_length;

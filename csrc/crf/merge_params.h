@@ -7,8 +7,8 @@ namespace hdrops {
 
 // In integer codes, the number of levels of a table that has one entry for each.
 constexpr int kCodes8 = 256;
-// Terms a table has for each code: w, w (ln g - ln t), and two of the fallback (MergePlan::tabulate).
-constexpr int kCodeTerms = 4;
+// Terms a table has for each code: w and w ln g.
+constexpr int kCodeTerms = 2;
 constexpr double kSmallestResponse = 1e-7;
 constexpr double kNoWeight = 1e-4;
 constexpr double kMergeEpsilon = 1e-9;
@@ -51,12 +51,13 @@ struct MergeParams {
   MergeMask mask_kind;
   int64_t mask_stride_n;
 
-  // 8-bit codes only. ln g: [N|1, C|1, 256]; weights: [256]; terms: [N|1, C|1, P, 256, kCodeTerms].
+  // 8-bit codes only. ln g: [N|1, C|1, 256]; weights: [256]; terms: [N|1, C|1, 256, kCodeTerms].
   const A* log_curve;
   int64_t log_curve_stride_n, log_curve_stride_c;
   const A* code_weight;
   const A* table;
   int64_t table_stride_n, table_stride_c;
+  bool only_ends_clip;  // every code but 0 and 255 has more than kNoWeight
 };
 
 // The gradients as the caller gets them; null where not wanted.

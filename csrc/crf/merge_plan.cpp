@@ -17,17 +17,6 @@ double at_code(const A* table, int64_t length, int code) {
   return between(table[place.lower], table[place.upper], place.fraction);
 }
 
-// The terms by which the sums over the frames hold the estimates of the shortest and the longest frame, the one that
-// the middle frame's code decides against pushed far below the other.
-template <class A>
-void fallback_terms(int64_t frames, int64_t rank, int code, A value, A* terms) {
-  constexpr A saturated = 1e4, excluded = -1e30;  // exp is at its end long before either
-  const bool bright = code > (kCodes8 - 1) / 2, decides = rank == (frames - 1) / 2;
-  value = std::clamp(value, -saturated, saturated);
-  terms[0] = (rank == 0 ? value : A(0)) + (decides && !bright ? excluded : A(0));
-  terms[1] = (rank == frames - 1 ? value : A(0)) + (decides && bright ? excluded : A(0));
-}
-
 }  // namespace
 
 template <class A>
@@ -40,7 +29,7 @@ MergePlan<A>::MergePlan(MergeParams<A>& params, const A* log_exposures, int64_t 
   params.hinge[0] = w[0];
   params.hinge[1] = w[std::min<int64_t>(1, last)] - w[0];
   params.hinge[2] = w[std::min<int64_t>(2, last)] - w[std::min<int64_t>(1, last)];
-  if (codes8) tabulate(params, exposure_images, curve_images, curve_channels);
+  if (codes8) tabulate(params, curve_images, curve_channels);
 }
 
 template <class A>
@@ -74,10 +63,13 @@ void MergePlan<A>::make_positive(MergeParams<A>& params, const A* curve, int64_t
 }
 
 template <class A>
-void MergePlan<A>::tabulate(MergeParams<A>& params, int64_t exposure_images, int64_t curve_images,
-                            int64_t curve_channels) {
+void MergePlan<A>::tabulate(MergeParams<A>& params, int64_t curve_images, int64_t curve_channels) {
   code_weight_ = std::make_unique<Scratch<A>>(kCodes8);
-  for (int z = 0; z < kCodes8; ++z) code_weight_->get()[z] = A(at_code(params.weight, params.weight_length, z));
+  params.only_ends_clip = true;
+  for (int z = 0; z < kCodes8; ++z) {
+    code_weight_->get()[z] = A(at_code(params.weight, params.weight_length, z));
+    params.only_ends_clip &= z == 0 || z == kCodes8 - 1 || code_weight_->get()[z] > A(kNoWeight);
+  }
 
   int64_t curves = curve_images * curve_channels;
   log_curve_ = std::make_unique<Scratch<A>>(curves * kCodes8);
@@ -94,25 +86,15 @@ void MergePlan<A>::tabulate(MergeParams<A>& params, int64_t exposure_images, int
   params.log_curve_stride_n = curve_images > 1 ? curve_channels * kCodes8 : 0;
   params.log_curve_stride_c = curve_channels > 1 ? kCodes8 : 0;
 
-  int64_t images = std::max(exposure_images, curve_images);
-  const int64_t channel_size = params.frames * kCodes8 * kCodeTerms, image_size = curve_channels * channel_size;
+  const int64_t channel_size = kCodes8 * kCodeTerms;
+  params.table_stride_n = curve_images > 1 ? curve_channels * channel_size : 0;
   params.table_stride_c = curve_channels > 1 ? channel_size : 0;
-  params.table_stride_n = images > 1 ? image_size : 0;
-  table_ = std::make_unique<Scratch<A>>(images * image_size);
-  A* terms = table_->get();
-  for (int64_t n = 0; n < images; ++n) {
-    const A* log_exposures = params.log_exposures + n * params.exposure_stride_n;
-    for (int64_t c = 0; c < curve_channels; ++c) {
-      const A* log_curve = params.log_curve + n * params.log_curve_stride_n + c * params.log_curve_stride_c;
-      for (int64_t j = 0; j < params.frames; ++j) {
-        for (int z = 0; z < kCodes8; ++z, terms += kCodeTerms) {
-          A w = params.code_weight[z], value = log_curve[z] - log_exposures[j];
-          terms[0] = w;
-          terms[1] = w != 0 ? w * value : A(0);  // a code never used may have g = inf
-          fallback_terms(params.frames, j, z, value, terms + 2);
-        }
-      }
-    }
+  table_ = std::make_unique<Scratch<A>>(curves * channel_size);
+  for (int64_t at = 0; at < curves * kCodes8; ++at) {
+    const A w = params.code_weight[at % kCodes8];
+    A* terms = table_->get() + at * kCodeTerms;
+    terms[0] = w;
+    terms[1] = w != 0 ? w * params.log_curve[at] : A(0);  // a code never used may have g = inf
   }
   params.table = table_->get();
 }

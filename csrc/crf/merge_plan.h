@@ -19,7 +19,7 @@ class MergePlan {
  private:
   void sort_frames(MergeParams<A>& params, const A* log_exposures, int64_t images);
   void make_positive(MergeParams<A>& params, const A* curve, int64_t images, int64_t channels);
-  void tabulate(MergeParams<A>& params, int64_t exposure_images, int64_t curve_images, int64_t curve_channels);
+  void tabulate(MergeParams<A>& params, int64_t curve_images, int64_t curve_channels);
 
   std::unique_ptr<Scratch<int32_t>> order_;
   std::unique_ptr<Scratch<A>> log_exposures_, curve_, log_curve_, code_weight_, table_;

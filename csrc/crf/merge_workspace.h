@@ -13,7 +13,7 @@ class MergeWorkspace {
       : pointers_(4 * frames),
         tied_(frames * block),
         shares_(3 * frames * block),
-        sums_(4 * block + frames + 64),
+        sums_(6 * block + frames + 64),
         indices_(3 * block + frames),
         bins_(bins + 1) {
     row = reinterpret_cast<const T**>(pointers_.get());
@@ -27,7 +27,9 @@ class MergeWorkspace {
     value_sum = weight_sum + block;
     log_radiance = value_sum + block;
     gain = log_radiance + block;
-    fraction = gain + block;
+    darkest = gain + block;
+    brightest = darkest + block;
+    fraction = brightest + block;
     rank = indices_.get();
     curve_offset = rank + frames;
     code_offset = curve_offset + block;
@@ -47,6 +49,8 @@ class MergeWorkspace {
   A* value_sum;           // [B], of w (ln g - ln t)
   A* log_radiance;        // [B]
   A* gain;                // [B], of the backward pass
+  A* darkest;             // [B], ln g of code 0 in each element's channel
+  A* brightest;           // [B], and of code 255
   A* fraction;            // [P], of one element: d ln E / d (ln g - ln t) of each frame
   int32_t* rank;          // [P]
   int32_t* curve_offset;  // [B], of each element's channel in an interleaved stream
