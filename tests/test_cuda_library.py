@@ -1,15 +1,28 @@
 """The compiled CUDA library, on a machine without a GPU: it loads, registers every operator, and its machine code is
 what was meant (`make cuda` builds it and runs these tests; elsewhere they skip)."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from benches import cuda_resources
 from hdrops import _load
+
+
+def _benchmark_module(name: str) -> ModuleType:
+    """A module of benches/, which is not installed."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benches" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_resources = _benchmark_module("cuda_resources")
+Kernels = dict[str, dict[str, int]]
 
 # On CUDA tensors plain PyTorch does their work: the guided filter, and calibrations from few samples.
 WITHOUT_CUDA_KERNEL = {"truncate", "_truncate_backward", "_solve_few_samples"}
@@ -38,7 +51,7 @@ def library() -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernels(library: Path) -> dict[str, cuda_resources.Kernels]:
+def kernels(library: Path) -> dict[str, Kernels]:
     return cuda_resources.read(library)
 
 
@@ -58,7 +71,7 @@ def test_every_operator_with_a_cpu_kernel_has_a_cuda_kernel(library: Path) -> No
     assert without == WITHOUT_CUDA_KERNEL
 
 
-def test_no_kernel_spills_registers(kernels: dict[str, cuda_resources.Kernels]) -> None:
+def test_no_kernel_spills_registers(kernels: dict[str, Kernels]) -> None:
     spilling = {
         f"{arch} {name}": row["spills"]
         for arch, found in kernels.items()
@@ -71,7 +84,7 @@ def test_no_kernel_spills_registers(kernels: dict[str, cuda_resources.Kernels]) 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "input_gradients", "weight_sums"])
 def test_deform_conv2d_uses_the_matrix_units_and_moves_16_bytes(
-    kernel: str, dtype: str, kernels: dict[str, cuda_resources.Kernels]
+    kernel: str, dtype: str, kernels: dict[str, Kernels]
 ) -> None:
     for arch, found in kernels.items():
         if arch != "sm_75":
@@ -79,12 +92,12 @@ def test_deform_conv2d_uses_the_matrix_units_and_moves_16_bytes(
             assert any(row["matrix"] and row["load_16_bytes"] for row in rows), arch
 
 
-def test_input_gradient_is_reduced_by_vectors_from_sm_90_on(kernels: dict[str, cuda_resources.Kernels]) -> None:
+def test_input_gradient_is_reduced_by_vectors_from_sm_90_on(kernels: dict[str, Kernels]) -> None:
     for arch in kernels.keys() & {"sm_90", "sm_100", "sm_120"}:
         assert any(row["reduce_16_bytes"] for name, row in kernels[arch].items() if "deform_conv2d" in name), arch
 
 
-def test_resources_are_as_recorded(kernels: dict[str, cuda_resources.Kernels]) -> None:
+def test_resources_are_as_recorded(kernels: dict[str, Kernels]) -> None:
     recorded = json.loads(cuda_resources.TABLE.read_text())
     if recorded["nvcc"] != cuda_resources.toolkit():
         pytest.skip(f"the table is of nvcc {recorded['nvcc']}, here is {cuda_resources.toolkit()}")

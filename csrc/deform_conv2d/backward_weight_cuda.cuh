@@ -264,8 +264,8 @@ void launch_bias(const Params& p, const Runs& outputs, const T* grad_output, dev
   Grid grid{dim3(unsigned(ceil_div<int64_t>(outputs.total, kWidth) * splits)), dim3(kProductThreads),
             kBiasSlots * kWidth * sizeof(device_acc_t<T>)};
   int64_t pixels = p.batch * p.out_pixels();
-  launch(bias_sums<T>, grid, stream, grad_output, pixels, ceil_div<int64_t>(pixels, splits), outputs.total, splits,
-         sums);
+  int64_t pixels_per_split = splits > 0 ? ceil_div<int64_t>(pixels, splits) : 0;
+  launch(bias_sums<T>, grid, stream, grad_output, pixels, pixels_per_split, outputs.total, splits, sums);
   Grid second{dim3(unsigned(ceil_div<int64_t>(p.out_channels, kProductThreads))), dim3(kProductThreads)};
   launch(reduce_bias<T>, second, stream, static_cast<const device_acc_t<T>*>(sums), splits, outputs, p.out_channels,
          static_cast<T*>(p.grad_bias));

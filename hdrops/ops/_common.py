@@ -90,13 +90,16 @@ def allow_tf32(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _matmul_allows_tf32()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matmul_allows_tf32() -> bool:
     """``torch.backends.cuda.matmul.allow_tf32`` by its newer name; the older raises where the newer has been set.
 
     The compiler cannot trace it, but guards its graphs by the switch.
     """
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes longer than all the rest.
+_matmul_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
