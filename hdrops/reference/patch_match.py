@@ -21,7 +21,7 @@ SMALLEST_NORM = 1e-5
 class PatchMatch(NamedTuple):
     """What :func:`hdrops.patch_match` finds: for every site of the query its match in the key, and how good it is."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # instead of the method of tuples
     score: Tensor
 
 
@@ -76,9 +76,11 @@ def patch_swap(
     """
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     n, height, width = index.shape
-    # A site of the match's grid holds the scale x scale pixels that move together.
-    sites = F.pixel_unshuffle(source.to(dtype), scale)
-    key_size = (sites.shape[2], sites.shape[3])
+    channels, key_size = source.shape[1], (source.shape[2] // scale, source.shape[3] // scale)
+    # A site of the match's grid holds the scale x scale pixels that move together. (torch's pixel_unshuffle loses the
+    # channels of an empty batch.)
+    blocks = source.to(dtype).reshape(n, channels, key_size[0], scale, key_size[1], scale)
+    sites = blocks.permute(0, 1, 3, 5, 2, 4).reshape(n, channels * scale**2, *key_size)
     index = index.clamp(0, key_size[0] * key_size[1] - 1)
     total = sites.new_zeros(n, sites.shape[1], height, width)
     count = sites.new_zeros(n, 1, height, width)
@@ -91,7 +93,9 @@ def patch_swap(
         total = total + torch.where(inside, value, 0.0)
         count = count + inside
     divisor = count if border == "exclude" else float(patch_size**2)
-    return F.pixel_shuffle(total / divisor, scale).to(source.dtype, memory_format=_common.memory_format(source))
+    means = (total / divisor).reshape(n, channels, scale, scale, height, width).permute(0, 1, 4, 2, 5, 3)
+    output = means.reshape(n, channels, scale * height, scale * width)
+    return output.to(source.dtype, memory_format=_common.memory_format(source))
 
 
 def finer_centers(index: Tensor, coarse_key: Tensor, query: Tensor, key: Tensor) -> Tensor:
