@@ -15,10 +15,10 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool[5] output_mask, bool deterministic) "
       "-> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_bias, Tensor grad_mask)");
 
-  // Patch matching in a local window, OP-3: index and score [N, Hq, Wq].
+  // Patch matching in a local window, OP-3: score and index [N, Hq, Wq], the differentiable one first.
   m.def(
       "patch_match(Tensor query, Tensor key, SymInt[2] radius, Tensor? centers, int patch_size, str normalize) "
-      "-> (Tensor index, Tensor score)");
+      "-> (Tensor score, Tensor index)");
   m.def(
       "_patch_match_backward(Tensor grad_score, Tensor query, Tensor key, Tensor index, int patch_size, "
       "str normalize, bool[2] output_mask, bool deterministic) -> (Tensor grad_query, Tensor grad_key)");

@@ -565,7 +565,7 @@ ERRORS = [
     ({"patch_size": 4}, ValueError, r"patch_size must be one of 1, 3, 5, 7, got 4"),
     ({"normalize": "cosine"}, ValueError, r"normalize must be one of key, query, both, none, got 'cosine'"),
     ({"centers": torch.zeros(2, 8, 9)}, TypeError, r"centers must be int64, got torch.float32"),
-    ({"centers": torch.zeros(2, 8, 8).long()}, ValueError, r"centers must have .* size 8 x 9, got 8 x 8 \(centers shape"),
+    ({"centers": torch.zeros(2, 8, 8).long()}, ValueError, r"centers must have .* size 8 x 9, got 8 x 8"),
     ({"centers": torch.zeros(1, 8, 9).long()}, ValueError, r"centers must have the batch 2, got 1 \(centers shape"),
     ({"centers": torch.zeros(8, 9).long()}, ValueError, r"centers must have 3 dimensions \[N, Hq, Wq\], got 2"),
     ({"backend": "gpu"}, ValueError, r"backend must be one of .*, got 'gpu'"),

@@ -115,11 +115,11 @@ std::tuple<Tensor, Tensor> match(const Tensor& query, const Tensor& key, const s
                  "patch_match: without centers query and key must have grids of equal size");
   }
   Tensor index = allocate(query, ScalarType::Long, sites), score = allocate(query, query.scalar_type(), sites);
-  if (index.numel() == 0) return {index, score};
+  if (index.numel() == 0) return {score, index};
   p.index = static_cast<int64_t*>(index.mutable_data_ptr());
   p.score = score.mutable_data_ptr();
   dispatch_floating(query.scalar_type(), "patch_match", [&]<class T>() { match_cpu<T>(p); });
-  return {index, score};
+  return {score, index};
 }
 
 std::tuple<Tensor, Tensor> match_backward(const Tensor& grad_score, const Tensor& query, const Tensor& key,

@@ -101,7 +101,8 @@ def patch_match(
                 query, key, radius=radius, centers=centers, patch_size=patch_size, normalize=normalize
             )
     _common.refuse_functional_transforms(op, query, key)
-    return PatchMatch(*torch.ops.hdrops.patch_match.default(query, key, radius, centers, patch_size, normalize))
+    score, index = torch.ops.hdrops.patch_match.default(query, key, radius, centers, patch_size, normalize)
+    return PatchMatch(index, score)
 
 
 def patch_match_pyramid(
@@ -186,11 +187,14 @@ def _check_shapes(query: Tensor, key: Tensor, centers: Tensor | None, radius: tu
     op = "patch_match"
     _common.check_dimensions(op, "query", query, "N, C, Hq, Wq")
     _common.check_dimensions(op, "key", key, "N, C, Hk, Wk")
-    shapes = f"{_shape('query', query)}, {_shape('key', key)}"
+
+    def shapes() -> str:
+        return f"{_shape('query', query)}, {_shape('key', key)}"
+
     for axis, what in ((0, "batch"), (1, "channels")):
         if query.shape[axis] != key.shape[axis]:
             raise ValueError(
-                f"{op}: key must have the query's {what} {query.shape[axis]}, got {key.shape[axis]} ({shapes})"
+                f"{op}: key must have the query's {what} {query.shape[axis]}, got {key.shape[axis]} ({shapes()})"
             )
     for name, tensor in (("query", query), ("key", key)):
         if tensor.shape[1] < 1 or tensor.shape[2] < 1 or tensor.shape[3] < 1:
@@ -199,7 +203,7 @@ def _check_shapes(query: Tensor, key: Tensor, centers: Tensor | None, radius: tu
             )
     if centers is None:
         if query.shape[2] != key.shape[2] or query.shape[3] != key.shape[3]:
-            raise ValueError(f"{op}: without centers query and key must have grids of equal size, got {shapes}")
+            raise ValueError(f"{op}: without centers query and key must have grids of equal size, got {shapes()}")
     else:
         check_index(op, "centers", centers, query.shape[0])
         if centers.shape[1] != query.shape[2] or centers.shape[2] != query.shape[3]:
@@ -224,7 +228,7 @@ def _fake(
     query: Tensor, key: Tensor, radius: Sequence[int], centers: Tensor | None, patch_size: int, normalize: str
 ) -> tuple[Tensor, Tensor]:
     sites = (query.shape[0], query.shape[2], query.shape[3])
-    return query.new_empty(sites, dtype=torch.int64), query.new_empty(sites)
+    return query.new_empty(sites), query.new_empty(sites, dtype=torch.int64)
 
 
 def _fake_backward(
@@ -249,10 +253,10 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, _, _, ctx.patch_size, ctx.normalize = inputs
-    ctx.save_for_backward(query, key, output[0])
+    ctx.save_for_backward(query, key, output[1])
 
 
-def _backward(ctx: Any, _: Tensor | None, grad_score: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_score: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     output_mask = list(ctx.needs_input_grad[:2])
     if grad_score is None:
         return (None,) * 6
