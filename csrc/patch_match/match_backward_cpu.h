@@ -87,6 +87,9 @@ struct MatchBackward {
     const int64_t image = row / f.height, y = row % f.height, channels = patches.key.channels;
     const int64_t count = smaller(kTilePixels, f.width - first);
     Real* sums = scratch + slot * kTilePixels * channels;
+    const PixelTarget<T> target{static_cast<T*>(kKey ? p.grad_key : p.grad_query), p.channels, f.height, f.width,
+                                f.channels_last};
+    target.fetch(image, y, first, count);
     for (int64_t i = 0; i < count; ++i) {
       PixelSum<Real> sum(sums + i * channels, channels);
       if (kKey) {
@@ -96,8 +99,6 @@ struct MatchBackward {
       }
       sum.finish();
     }
-    const PixelTarget<T> target{static_cast<T*>(kKey ? p.grad_key : p.grad_query), p.channels, f.height, f.width,
-                                f.channels_last};
     target.write(image, y, first, count, sums, channels);
   }
 

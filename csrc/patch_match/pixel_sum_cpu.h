@@ -11,6 +11,10 @@ class PixelSum {
 
   void add(const Real* run, Real weight) {
     if (count_ == kMost) flush();
+    // The runs of a sum lie anywhere: all of them are on their way before the first is needed.
+    constexpr int64_t kLine = 64 / int64_t(sizeof(Real));
+    const int64_t ahead = length_ < 8 * kLine ? length_ : 8 * kLine;
+    for (int64_t i = 0; i < ahead; i += kLine) __builtin_prefetch(run + i);
     run_[count_] = run, weight_[count_++] = weight;
   }
   int64_t count() const { return count_; }
@@ -61,7 +65,7 @@ class PixelSum {
 };
 
 // Pixels of a row that are computed together, so that they can be written plane by plane.
-constexpr int64_t kTilePixels = 64;
+constexpr int64_t kTilePixels = 32;
 
 // An image [N, C, H, W] of type T that tiles of pixels are written to.
 template <class T>
@@ -69,6 +73,12 @@ struct PixelTarget {
   T* data;
   int64_t channels, height, width;
   bool channels_last;
+
+  // Fetches where `count` pixels from (y, x) on will be written.
+  void fetch(int64_t image, int64_t y, int64_t x, int64_t count) const {
+    if (channels_last) return;
+    fetch_planes(data + image * channels * height * width + y * width + x, height * width, channels, count);
+  }
 
   // `count` pixels from (y, x) on, each a run of `stride` reals of which the first `channels` count.
   template <class Real>

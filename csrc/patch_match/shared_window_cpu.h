@@ -233,9 +233,12 @@ struct SharedWindow {
       copy_transposed(source + (left + from) * p.channels, p.channels, target + from, pitch, to - from, p.channels);
     } else {
       const int64_t plane = features.height * features.width;
+      source += left + from;
       for (int64_t c = 0; c < p.channels; ++c) {
-        widen_row(source + c * plane + left + from, to - from, target + c * pitch + from);
+        widen_row(source + c * plane, to - from, target + c * pitch + from);
       }
+      // The next block's row.
+      if (y + kRows < features.height) fetch_planes(source + kRows * features.width, plane, p.channels, to - from);
     }
   }
 

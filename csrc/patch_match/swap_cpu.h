@@ -3,7 +3,7 @@
 // Both directions are gathers. An output pixel is the sum of what its neighbours' matches place on it; a pixel of the
 // source collects the gradient from every site that matches it or a neighbour, whom the inverse of the match lists
 // (places.h). With channels last, each term is a run of reals. With scale s a site is s runs of s * C reals, one in
-// each of its rows of pixels; a unit of work is a tile of such a row. Every pixel is the sum of the same terms in the
+// each of its rows of pixels; a unit of work is a square of sites. Every pixel is the sum of the same terms in the
 // same order on any number of threads.
 #include "common/rows.h"
 #include "patch_match/features_cpu.h"
@@ -18,28 +18,21 @@ using patch_match::Places;
 using patch_match::SiteRange;
 using patch_match::SwapParams;
 
-// A grid of sites whose pixels a unit of work computes.
+// A grid of sites, cut into squares of a unit of work each: what neighbours match is often near, and then stays in the
+// second-level cache for all of them.
 struct SwapTiles {
   int64_t height, width;  // sites
   int64_t scale;
 
-  int64_t sites() const { return kTilePixels / scale; }
-  int64_t per_row() const { return ceil_div(width, sites()); }
-  int64_t count(int64_t batch) const { return batch * height * scale * per_row(); }
+  int64_t side() const { return kTilePixels / scale; }  // of a square, in sites
+  int64_t across() const { return ceil_div(width, side()); }
+  int64_t down() const { return ceil_div(height, side()); }
+  int64_t count(int64_t batch) const { return batch * down() * across(); }
 };
 
-// A tile: sites [left, right) of row y, row `line` of their pixels.
-struct SwapTile {
+// Row `line` of the pixels of the sites [left, right) in row y.
+struct SwapRow {
   int64_t image, y, line, left, right;
-
-  SwapTile(const SwapTiles& tiles, int64_t unit) {
-    left = unit % tiles.per_row() * tiles.sites();
-    right = left + tiles.sites() < tiles.width ? left + tiles.sites() : tiles.width;
-    const int64_t row = unit / tiles.per_row();
-    line = row % tiles.scale;
-    y = row / tiles.scale % tiles.height;
-    image = row / tiles.scale / tiles.height;
-  }
 };
 
 template <class T>
@@ -72,33 +65,43 @@ struct Swap {
 
   template <bool kBackward>
   void run(int64_t slot, int64_t unit) const {
-    const SwapTile tile(tiles, unit);
+    const int64_t side = tiles.side(), column = unit % tiles.across(), band = unit / tiles.across() % tiles.down();
+    SwapRow row{unit / tiles.across() / tiles.down(), band * side, 0, column * side, (column + 1) * side};
+    if (row.right > tiles.width) row.right = tiles.width;
+    for (; row.y < (band + 1) * side && row.y < tiles.height; ++row.y) {
+      for (row.line = 0; row.line < p.scale; ++row.line) run_row<kBackward>(slot, row);
+    }
+  }
+
+  template <bool kBackward>
+  void run_row(int64_t slot, const SwapRow& row) const {
     Real* sums = scratch + slot * kTilePixels * p.channels;
-    for (int64_t x = tile.left; x < tile.right; ++x) {
-      PixelSum<Real> sum(sums + (x - tile.left) * run_length(), run_length());
+    const int64_t y = p.scale * row.y + row.line, first = p.scale * row.left, count = p.scale * (row.right - row.left);
+    output.fetch(row.image, y, first, count);
+    for (int64_t x = row.left; x < row.right; ++x) {
+      PixelSum<Real> sum(sums + (x - row.left) * run_length(), run_length());
       if (kBackward) {
-        collect(tile, x, sum);
+        collect(row, x, sum);
       } else {
-        place(tile, x, sum);
+        place(row, x, sum);
       }
       sum.finish();
     }
-    output.write(tile.image, p.scale * tile.y + tile.line, p.scale * tile.left, p.scale * (tile.right - tile.left),
-                 sums, p.channels);
+    output.write(row.image, y, first, count, sums, p.channels);
   }
 
-  // What the patches around site (tile.y, x) place on it.
-  void place(const SwapTile& tile, int64_t x, PixelSum<Real>& sum) const {
+  // What the patches around site (at.y, x) place on it.
+  void place(const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
     const int64_t reach = p.reach();
     for (int64_t dy = -reach; dy <= reach; ++dy) {
-      const int64_t y = tile.y - dy;
+      const int64_t y = at.y - dy;
       if (y < 0 || y >= p.query_height) continue;
-      const Place* row = places.row(tile.image, y);
+      const Place* row = places.row(at.image, y);
       for (int64_t dx = -reach; dx <= reach; ++dx) {
         if (x - dx < 0 || x - dx >= p.query_width) continue;
         const Place match = row[x - dx];
         if (!within(match.y + dy, match.x + dx, p.key_height, p.key_width)) continue;
-        sum.add(pixels(tile.image, match.y + dy, match.x + dx, tile.line), 0);
+        sum.add(pixels(at.image, match.y + dy, match.x + dx, at.line), 0);
       }
     }
     sum.weigh(share_of(sum.count()));
@@ -106,18 +109,18 @@ struct Swap {
 
   Real share_of(int64_t count) const { return 1 / Real(p.exclude_border ? count : p.patch_size * p.patch_size); }
 
-  // What the sites that match pixel (tile.y, x) of the key, or a neighbour of it, owe to it.
-  void collect(const SwapTile& tile, int64_t x, PixelSum<Real>& sum) const {
+  // What the sites that match pixel (at.y, x) of the key, or a neighbour of it, owe to it.
+  void collect(const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
     const int64_t reach = p.reach();
     for (int64_t dy = -reach; dy <= reach; ++dy) {
       for (int64_t dx = -reach; dx <= reach; ++dx) {
-        if (!within(tile.y - dy, x - dx, p.key_height, p.key_width)) continue;
-        const SiteRange sites = inverse->of(tile.image, tile.y - dy, x - dx);
+        if (!within(at.y - dy, x - dx, p.key_height, p.key_width)) continue;
+        const SiteRange sites = inverse->of(at.image, at.y - dy, x - dx);
         for (const Place* site = sites.begin; site < sites.end; ++site) {
-          const int64_t at_y = site->y + dy, at_x = site->x + dx;
-          if (!within(at_y, at_x, p.query_height, p.query_width)) continue;
-          const Real weight = share[(tile.image * p.query_height + at_y) * p.query_width + at_x];
-          sum.add(pixels(tile.image, at_y, at_x, tile.line), weight);
+          const int64_t to_y = site->y + dy, to_x = site->x + dx;
+          if (!within(to_y, to_x, p.query_height, p.query_width)) continue;
+          const Real weight = share[(at.image * p.query_height + to_y) * p.query_width + to_x];
+          sum.add(pixels(at.image, to_y, to_x, at.line), weight);
         }
       }
     }
