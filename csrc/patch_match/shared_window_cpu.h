@@ -89,13 +89,13 @@ struct SharedWindowShape {
     // A narrower tile where a block of the query's rows would fill half a cache.
     int64_t most = 32 * 1024 / (kBlockRows * p.channels) / lanes * lanes;
     most = most > 128 ? 128 : most < 4 * lanes ? 4 * lanes : most;
-    // Tiles around given centres are small: a displacement is shared by neighbours.
-    if (shifted && most > 32) most = 32;
     s.columns = most - around;
-    s.rows = (shifted ? 10 : 16) * kBlockRows - around;
+    s.rows = 16 * kBlockRows - around;
+    // Tiles around given centres are small, and cut where the squares are that share a displacement after a pyramid.
+    if (shifted) s.rows = s.columns = s.columns < 32 ? 16 : 32;
     // The width that wastes least at the right end of the tiles.
     int64_t least = INT64_MAX, strips = ceil_div(p.query.width, s.columns);
-    for (int64_t n = strips; n < strips + 4; ++n) {
+    for (int64_t n = strips; !shifted && n < strips + 4; ++n) {
       int64_t width = round_up<int64_t>(ceil_div(p.query.width, n) + around, lanes);
       if (n * width < least) least = n * width, s.columns = ceil_div(p.query.width, n);
     }

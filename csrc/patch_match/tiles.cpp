@@ -52,15 +52,18 @@ void cut(const MatchParams& p, Tile tile, std::vector<Tile>& tiles) {
 }  // namespace
 
 TileList::TileList(const MatchParams& p, int64_t rows, int64_t columns) {
-  // All tiles of a direction have nearly the same size.
+  // All tiles of a direction have nearly the same size, or around given centres lie at multiples of it.
+  const bool multiples = p.centers != nullptr;
   const int64_t bands = ceil_div(p.query.height, rows), strips = ceil_div(p.query.width, columns);
   for (int64_t image = 0; image < p.batch; ++image) {
     for (int64_t band = 0; band < bands; ++band) {
       for (int64_t strip = 0; strip < strips; ++strip) {
         Tile tile{};
         tile.image = image;
-        tile.top = p.query.height * band / bands, tile.bottom = p.query.height * (band + 1) / bands;
-        tile.left = p.query.width * strip / strips, tile.right = p.query.width * (strip + 1) / strips;
+        tile.top = multiples ? band * rows : p.query.height * band / bands;
+        tile.left = multiples ? strip * columns : p.query.width * strip / strips;
+        tile.bottom = multiples ? std::min(tile.top + rows, p.query.height) : p.query.height * (band + 1) / bands;
+        tile.right = multiples ? std::min(tile.left + columns, p.query.width) : p.query.width * (strip + 1) / strips;
         cut(p, tile, tiles_);
       }
     }
