@@ -16,6 +16,20 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "bool allow_tf32=False) -> (Tensor grad_input, Tensor grad_offset, Tensor grad_weight, Tensor grad_bias, Tensor "
       "grad_mask)");
 
+  // Patch matching in a local window, OP-3: score and index [N, Hq, Wq], the differentiable one first.
+  m.def(
+      "patch_match(Tensor query, Tensor key, SymInt[2] radius, Tensor? centers, int patch_size, str normalize) "
+      "-> (Tensor score, Tensor index)");
+  m.def(
+      "_patch_match_backward(Tensor grad_score, Tensor query, Tensor key, Tensor index, int patch_size, "
+      "str normalize, bool[2] output_mask, bool deterministic) -> (Tensor grad_query, Tensor grad_key)");
+
+  // Patch swap, OP-4: size is the source's height and width, channels_last the memory format of its gradient.
+  m.def("patch_swap(Tensor source, Tensor index, int patch_size, int scale, str border) -> Tensor");
+  m.def(
+      "_patch_swap_backward(Tensor grad_output, Tensor index, SymInt[2] size, int patch_size, int scale, str border, "
+      "bool channels_last, bool deterministic) -> Tensor");
+
   // Camera response curves: curve [N|1, C|1, L], input [N, C, P] in memory order (contiguous or channels last).
   m.def("crf_lookup(Tensor input, Tensor curve, str mode, float? gradient_scale) -> Tensor");
   m.def(

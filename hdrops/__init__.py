@@ -6,15 +6,21 @@ from hdrops._config import show_config
 from hdrops.ops.crf import crf_lookup, quantize_ste, tent_histogram, value_histogram
 from hdrops.ops.deform_conv2d import deform_conv2d
 from hdrops.ops.merge_exposures import merge_exposures
+from hdrops.ops.patch_match import PatchMatch, patch_match, patch_match_pyramid
+from hdrops.ops.patch_swap import patch_swap
 from hdrops.ops.truncate import truncate
 
 __all__ = [
+    "PatchMatch",
     "camera",
     "crf_lookup",
     "deform_conv2d",
     "merge_exposures",
     "nn",
     "onnx",
+    "patch_match",
+    "patch_match_pyramid",
+    "patch_swap",
     "quantize_ste",
     "reference",
     "show_config",

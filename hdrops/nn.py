@@ -11,6 +11,9 @@ from hdrops.ops import _common
 from hdrops.ops.crf import crf_lookup
 from hdrops.ops.deform_conv2d import deform_conv2d
 from hdrops.ops.merge_exposures import merge_exposures
+from hdrops.ops.patch_match import PatchMatch as Matches
+from hdrops.ops.patch_match import patch_match
+from hdrops.ops.patch_swap import patch_swap
 
 
 class DeformConv2d(nn.Module):
@@ -310,3 +313,70 @@ class ExposureMerge(nn.Module):
     def extra_repr(self) -> str:
         shape = "linear" if self.curve is None else f"curve {_common.shape_of(self.curve)}"
         return f"{shape}, weight={self.weight or 'table'}, fallback={self.fallback}"
+
+
+class PatchMatch(nn.Module):
+    """Matches the patches of two feature maps within a local window: :func:`hdrops.patch_match` as a layer.
+
+    Args:
+        radius: of the window, one integer or one each for height and width.
+        patch_size: 1, 3, 5 or 7.
+        normalize: ``"key"``, ``"query"``, ``"both"`` or ``"none"``.
+
+    Shapes:
+        query [N, C, Hq, Wq], key [N, C, Hk, Wk], centers int64 [N, Hq, Wq] or None -> the named tuple (index, score),
+        both [N, Hq, Wq].
+
+    Example:
+        >>> import torch, hdrops
+        >>> match = hdrops.nn.PatchMatch(radius=3, normalize="both")
+        >>> index, score = match(torch.rand(1, 4, 8, 9), torch.rand(1, 4, 8, 9))
+        >>> index.shape
+        torch.Size([1, 8, 9])
+    """
+
+    def __init__(self, radius: int | Sequence[int], *, patch_size: int = 3, normalize: str = "key") -> None:
+        super().__init__()
+        self.radius = _common.checked_pair(type(self).__name__, "radius", radius, 0)
+        self.patch_size = patch_size
+        self.normalize = normalize
+
+    def forward(self, query: Tensor, key: Tensor, centers: Tensor | None = None) -> Matches:
+        return patch_match(
+            query, key, radius=self.radius, centers=centers, patch_size=self.patch_size, normalize=self.normalize
+        )
+
+    def extra_repr(self) -> str:
+        return f"radius={self.radius}, patch_size={self.patch_size}, normalize={self.normalize!r}"
+
+
+class PatchSwap(nn.Module):
+    """Lays matched patches out over the query's grid: :func:`hdrops.patch_swap` as a layer.
+
+    Args:
+        patch_size: 1, 3, 5 or 7, in sites of the match.
+        scale: pixels of the source for one site of the match, 1, 2 or 4.
+        border: ``"exclude"`` or ``"zero"``.
+
+    Shapes:
+        source [N, C, scale*Hk, scale*Wk], index int64 [N, Hq, Wq] -> [N, C, scale*Hq, scale*Wq].
+
+    Example:
+        >>> import torch, hdrops
+        >>> match, swap = hdrops.nn.PatchMatch(radius=2), hdrops.nn.PatchSwap(scale=2)
+        >>> features = torch.rand(1, 4, 8, 9)
+        >>> swap(torch.rand(1, 3, 16, 18), match(features, features).index).shape
+        torch.Size([1, 3, 16, 18])
+    """
+
+    def __init__(self, *, patch_size: int = 3, scale: int = 1, border: str = "exclude") -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.scale = scale
+        self.border = border
+
+    def forward(self, source: Tensor, index: Tensor) -> Tensor:
+        return patch_swap(source, index, patch_size=self.patch_size, scale=self.scale, border=self.border)
+
+    def extra_repr(self) -> str:
+        return f"patch_size={self.patch_size}, scale={self.scale}, border={self.border!r}"

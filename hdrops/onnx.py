@@ -1,4 +1,7 @@
-"""Export to ONNX: deform_conv2d becomes the standard node DeformConv, which ONNX has since opset 19."""
+"""Export to ONNX: deform_conv2d becomes the standard node DeformConv, which ONNX has since opset 19.
+
+Operators without an ONNX form say so when a model with them is exported.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +28,11 @@ def translation_table(opset_version: int = MINIMUM_OPSET) -> dict[Callable[..., 
         raise ValueError(
             f"hdrops.onnx: opset_version must be >= {MINIMUM_OPSET}, the first with DeformConv, got {opset_version}"
         )
-    return {torch.ops.hdrops.deform_conv2d.default: _deform_conv2d}
+    return {
+        torch.ops.hdrops.deform_conv2d.default: _deform_conv2d,
+        torch.ops.hdrops.patch_match.default: _refuse("patch_match"),
+        torch.ops.hdrops.patch_swap.default: _refuse("patch_swap"),
+    }
 
 
 def export(
@@ -79,3 +86,12 @@ def _deform_conv2d(
         pads=[*padding, *padding],
         strides=list(stride),
     )
+
+
+def _refuse(op: str) -> Callable[..., Any]:
+    """The translation of an operator that no composition of ONNX nodes replaces in reasonable memory."""
+
+    def translate(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"hdrops.onnx: {op} cannot be exported: ONNX has no form of it")
+
+    return translate

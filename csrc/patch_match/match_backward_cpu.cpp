@@ -1,0 +1,29 @@
+// The backward kernels of every instruction set and dtype (match_backward_cpu.h).
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "common/hd.h"
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "common/work_queue.h"
+#include "patch_match/params.h"
+#include "patch_match/places.h"
+
+#define HDROPS_ISA_SOURCE "patch_match/match_backward_cpu.h"
+#include "common/foreach_isa.h"
+
+namespace hdrops::patch_match {
+
+template <class T>
+void match_backward_cpu(const MatchParams& params) {
+  ThreadLimit limit(threads_worth(params.backward_work(), kWorkPerThread));
+  HDROPS_ISA_CALL(match_backward<T>(params));
+}
+
+template void match_backward_cpu<float>(const MatchParams&);
+template void match_backward_cpu<double>(const MatchParams&);
+template void match_backward_cpu<bfloat16>(const MatchParams&);
+template void match_backward_cpu<float16>(const MatchParams&);
+
+}  // namespace hdrops::patch_match
