@@ -47,6 +47,6 @@ def optional(name: str) -> ModuleType | None:
 
 def cases() -> list[Case]:
     """Every case of every family, in the order they are reported."""
-    from benches import bench_camera, bench_crf, bench_deform_conv2d
+    from benches import bench_camera, bench_crf, bench_deform_conv2d, bench_global_context
 
-    return [*bench_deform_conv2d.CASES, *bench_crf.CASES, *bench_camera.CASES]
+    return [*bench_deform_conv2d.CASES, *bench_global_context.CASES, *bench_crf.CASES, *bench_camera.CASES]

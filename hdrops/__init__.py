@@ -5,13 +5,16 @@ from hdrops import camera, nn, onnx, reference
 from hdrops._config import show_config
 from hdrops.ops.crf import crf_lookup, quantize_ste, tent_histogram, value_histogram
 from hdrops.ops.deform_conv2d import deform_conv2d
+from hdrops.ops.global_context import context_pool, global_context
 from hdrops.ops.merge_exposures import merge_exposures
 from hdrops.ops.truncate import truncate
 
 __all__ = [
     "camera",
+    "context_pool",
     "crf_lookup",
     "deform_conv2d",
+    "global_context",
     "merge_exposures",
     "nn",
     "onnx",
