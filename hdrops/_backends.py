@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hdrops import _load
+from hdrops import _load, triton
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 CanRun = Callable[[Tensor], str | None]
@@ -31,6 +31,17 @@ def can_run_cuda(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device}"
     return _load.cuda_status()
+
+
+def can_run_triton(tensor: Tensor) -> str | None:
+    """For an operator with a Triton kernel for every dtype it accepts."""
+    if tensor.device.type == "cpu" and not triton.INTERPRETED:
+        return (
+            "the tensors are on cpu, where Triton runs only in its interpreter (TRITON_INTERPRET=1, set before import)"
+        )
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {tensor.device}"
+    return triton.status()
 
 
 def can_run_reference(tensor: Tensor) -> str | None:

@@ -8,9 +8,10 @@ where ``terms`` is the number of products summed for one element and ``scale`` t
 default the root mean square of the expected values). Float16 and bfloat16 kernels accumulate in float32, so their
 second coefficient is float32's and the first is half a unit in the last place of the format, with a margin.
 
-The last term is there only for a kernel that rounds a factor of each product before it multiplies, which of all kernels
-one does: deform_conv2d in bfloat16 on processors with bfloat16 dot products (``rounded_products``). ``products`` is the
-root of the sum of the squared products of an element: independent rounding errors add up like that.
+The last term is there only for a kernel that rounds a factor of each product before it multiplies, which only
+deform_conv2d does: in bfloat16 on processors with bfloat16 dot products, in 16-bit formats and TensorFloat-32 on GPUs
+(``rounded_products``). ``products`` is the root of the sum of the squared products of an element: independent rounding
+errors add up like that.
 """
 
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ TOLERANCES = {
     # A rounded factor is off by at most 2**-8 and by 0.42 * 2**-8 in the root mean square: nearly five times that, for
     # the worst of a million sums (measured: 1.8 * 2**-8 among 600,000).
     torch.bfloat16: Tolerance(rounding=2**-8 * 1.01, accumulation=1e-6, factor=2**-7),
-    torch.float16: Tolerance(rounding=2**-11 * 1.01, accumulation=1e-6),
+    torch.float16: Tolerance(rounding=2**-11 * 1.01, accumulation=1e-6, factor=2**-10),
 }
+# Float32 multiplied in TensorFloat-32, which rounds both factors to 11 bits.
+TF32 = Tolerance(rounding=2e-6, accumulation=1e-6, factor=2**-9)
 
 
 def assert_close(
@@ -48,6 +51,7 @@ def assert_close(
     terms: int = 1,
     scale: float | None = None,
     products: Tensor | None = None,
+    tolerance: Tolerance | None = None,
     name: str = "result",
 ) -> None:
     """Asserts that ``actual`` equals the float64 ``expected`` within the table; NaN must meet NaN.
@@ -58,6 +62,7 @@ def assert_close(
         terms: number of products summed for one element.
         scale: magnitude of the sums' terms; None takes the root mean square of the finite expected values.
         products: root of the sum of the squared products of each element, where the kernel rounds a factor of each.
+        tolerance: what to allow; None takes the table's for the dtype.
         name: what is compared, for the message.
 
     Raises:
@@ -66,7 +71,7 @@ def assert_close(
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if actual.numel() == 0:
         return
-    tolerance = TOLERANCES[actual.dtype]
+    tolerance = tolerance or TOLERANCES[actual.dtype]
     got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert torch.equal(got.isnan(), want.isnan()), (
         f"{name}: NaN in {int((got.isnan() ^ want.isnan()).sum())} wrong places"
@@ -153,6 +158,33 @@ class DeformConv2dCase:
         return tensors
 
 
+# What every kernel of ``deform_conv2d`` is tested on, by name.
+DEFORM_CONV2D_CASES = {
+    "plain": DeformConv2dCase(),
+    "no_mask_no_bias": DeformConv2dCase(mask=False, bias=False),
+    "asymmetric": DeformConv2dCase(size=(11, 14), kernel=(3, 2), stride=(2, 1), padding=(0, 3), dilation=(1, 2)),
+    "groups": DeformConv2dCase(channels=8, out_channels=12, groups=4),
+    "offset_groups": DeformConv2dCase(channels=8, offset_groups=4),
+    "both_groups": DeformConv2dCase(channels=12, out_channels=6, groups=3, offset_groups=2),
+    "offset_group_across_groups": DeformConv2dCase(channels=12, out_channels=4, groups=2, offset_groups=3),
+    "depthwise": DeformConv2dCase(channels=6, out_channels=6, groups=6, offset_groups=6),
+    "pointwise": DeformConv2dCase(kernel=(1, 1), padding=(0, 0), channels=5, out_channels=7),
+    "one_channel": DeformConv2dCase(channels=1, out_channels=1),
+    "large_kernel": DeformConv2dCase(n=1, kernel=(5, 7), padding=(2, 3), channels=3, out_channels=5),
+    "one_pixel": DeformConv2dCase(size=(1, 1), n=3),
+    "one_row": DeformConv2dCase(size=(1, 37)),
+    "far": DeformConv2dCase(reach=15.0),
+    "wide_channels": DeformConv2dCase(n=1, channels=40, out_channels=35, size=(9, 10)),
+    "eight_offset_groups": DeformConv2dCase(n=1, channels=64, out_channels=32, size=(7, 19), offset_groups=8),
+    "many_tiles": DeformConv2dCase(n=2, channels=16, out_channels=24, size=(37, 41)),
+    "large_batch": DeformConv2dCase(n=33, channels=3, out_channels=4, size=(4, 5)),
+    "very_wide_channels": DeformConv2dCase(n=1, channels=520, out_channels=9, size=(5, 6), offset_groups=4),
+    "many_outputs": DeformConv2dCase(n=1, channels=3, out_channels=530, size=(5, 6)),
+    "tall_and_far": DeformConv2dCase(n=2, channels=5, out_channels=3, size=(150, 11), reach=40.0),
+    "offset_groups_of_two": DeformConv2dCase(channels=6, offset_groups=3),
+}
+
+
 def rounded_products(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tensor | None:
     """``assert_close``'s ``products`` for the output of the CPU kernels of ``deform_conv2d``.
 
@@ -160,13 +192,28 @@ def rounded_products(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tens
     """
     if tensors["input"].dtype != torch.bfloat16 or _load.simd_level() != "avx512_bf16":
         return None
+    return sizes_of_products(case, tensors)
+
+
+def sizes_of_products(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tensor:
+    """``assert_close``'s ``products`` for the output of a kernel of ``deform_conv2d`` that rounds a factor of each."""
+    weight = tensors["weight"].double().reshape(case.groups, case.out_channels // case.groups, -1)
+    squares = _columns(case, tensors).reshape(case.n, case.groups, weight.shape[2], -1).square()
+    return (weight.square() @ squares).sqrt().reshape(case.n, case.out_channels, *case.output_size)
+
+
+def sizes_of_weight_products(case: DeformConv2dCase, tensors: dict[str, Tensor], grad_output: Tensor) -> Tensor:
+    """The same for the weight's gradient, a sum of products of samples and output gradients."""
+    gradients = grad_output.double().reshape(case.n, case.groups, case.out_channels // case.groups, -1)
+    squares = _columns(case, tensors).reshape(case.n, case.groups, -1, gradients.shape[3]).square()
+    return (gradients.square() @ squares.mT).sum(0).sqrt().reshape(tensors["weight"].shape)
+
+
+def _columns(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tensor:
+    """The samples, [N, channels * taps, H, W]: what a kernel of one tap for each channel and tap gives."""
     exact = {name: tensor.double() for name, tensor in tensors.items() if name != "bias"}
-    weight = exact["weight"].reshape(case.groups, case.out_channels // case.groups, -1)
-    # The columns, [N, channels * taps, H, W], are what a kernel of one tap for each channel and tap gives.
     taps = case.kernel[0] * case.kernel[1]
     picks = torch.eye(taps, dtype=torch.float64).repeat(case.channels, 1).reshape(-1, 1, *case.kernel)
-    columns = reference.deform_conv2d(
+    return reference.deform_conv2d(
         exact["input"], exact["offset"], picks, None, case.stride, case.padding, case.dilation, exact.get("mask")
     )
-    squares = columns.reshape(case.n, case.groups, weight.shape[2], case.output_size[0] * case.output_size[1]).square()
-    return (weight.square() @ squares).sqrt().reshape(case.n, case.out_channels, *case.output_size)

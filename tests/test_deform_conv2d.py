@@ -14,35 +14,12 @@ from torch import Tensor
 
 import hdrops
 from hdrops.reference import deform_conv2d as reference
+from hdrops.testing import DEFORM_CONV2D_CASES as GEOMETRIES
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.testing import assert_close, rounded_products
 
 NAMES = ("input", "offset", "weight", "bias", "mask")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-GEOMETRIES = {
-    "plain": Case(),
-    "no_mask_no_bias": Case(mask=False, bias=False),
-    "asymmetric": Case(size=(11, 14), kernel=(3, 2), stride=(2, 1), padding=(0, 3), dilation=(1, 2)),
-    "groups": Case(channels=8, out_channels=12, groups=4),
-    "offset_groups": Case(channels=8, offset_groups=4),
-    "both_groups": Case(channels=12, out_channels=6, groups=3, offset_groups=2),
-    "offset_group_across_groups": Case(channels=12, out_channels=4, groups=2, offset_groups=3),
-    "depthwise": Case(channels=6, out_channels=6, groups=6, offset_groups=6),
-    "pointwise": Case(kernel=(1, 1), padding=(0, 0), channels=5, out_channels=7),
-    "one_channel": Case(channels=1, out_channels=1),
-    "large_kernel": Case(n=1, kernel=(5, 7), padding=(2, 3), channels=3, out_channels=5),
-    "one_pixel": Case(size=(1, 1), n=3),
-    "one_row": Case(size=(1, 37)),
-    "far": Case(reach=15.0),
-    "wide_channels": Case(n=1, channels=40, out_channels=35, size=(9, 10)),
-    "eight_offset_groups": Case(n=1, channels=64, out_channels=32, size=(7, 19), offset_groups=8),
-    "many_tiles": Case(n=2, channels=16, out_channels=24, size=(37, 41)),
-    "large_batch": Case(n=33, channels=3, out_channels=4, size=(4, 5)),
-    "very_wide_channels": Case(n=1, channels=520, out_channels=9, size=(5, 6), offset_groups=4),
-    "many_outputs": Case(n=1, channels=3, out_channels=530, size=(5, 6)),
-    "tall_and_far": Case(n=2, channels=5, out_channels=3, size=(150, 11), reach=40.0),
-    "offset_groups_of_two": Case(channels=6, offset_groups=3),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +54,14 @@ def gradient_like(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def assert_all_close(
-    actual: dict[str, Tensor], wanted: dict[str, Tensor], case: Case, products: Tensor | None = None
+    actual: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    case: Case,
+    products: Tensor | None = None,
+    weight_products: Tensor | None = None,
 ) -> None:
-    """Compares output and gradients; ``products`` are those of the output that have a rounded factor."""
+    """Compares output and gradients; the products of output and weight gradient are given if a factor is rounded."""
+    rounded = {"output": products, "weight": weight_products}
     taps = case.kernel[0] * case.kernel[1]
     sites = case.n * case.output_size[0] * case.output_size[1]
     from_output = case.out_channels // case.groups
@@ -93,8 +75,7 @@ def assert_all_close(
     }
     assert actual.keys() == wanted.keys()
     for name in actual:
-        rounded = products if name == "output" else None
-        assert_close(actual[name], wanted[name], terms=terms[name], products=rounded, name=name)
+        assert_close(actual[name], wanted[name], terms=terms[name], products=rounded.get(name), name=name)
 
 
 def assert_matches_reference(tensors: dict[str, Tensor], case: Case, grad_output: Tensor | None = None) -> None:

@@ -45,8 +45,12 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
                "asking for shared memory");
   }
-  kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream> > >(Parameters(arguments)...);
-  check_cuda(cudaGetLastError(), "launching a kernel");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "launching a kernel");
 #endif
 }
 

@@ -22,6 +22,7 @@ struct Params {
   int64_t groups, offset_groups;
   bool channels_last;
   bool offset_is_float, mask_is_float;
+  bool deterministic, allow_tf32;  // CUDA only: repeatable sums of grad_input; TensorFloat-32 products of floats
 
   const void* input;
   const void* offset;

@@ -1,7 +1,8 @@
 """``deform_conv2d``, OP-1: the public function and how its operators are registered with PyTorch.
 
 A call travels: checks here -> backend -> ``torch.ops.hdrops.deform_conv2d`` -> autocast, vmap and autograd as
-registered below -> the kernel of csrc/deform_conv2d/. The backward operator computes only the gradients of its
+registered below -> the kernel of csrc/deform_conv2d/; or, all the same, ``torch.ops.hdrops._deform_conv2d_triton`` ->
+the kernel of hdrops/triton/deform_conv2d.py. The backward operators compute only the gradients of their
 ``output_mask``.
 """
 
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdrops import _backends
+from hdrops import _backends, triton
 from hdrops.ops import _common
 from hdrops.reference import deform_conv2d as reference
 
 _CAN_RUN = {
     "cpu": _backends.can_run_cpu,
     "cuda": _backends.can_run_cuda,
+    "triton": _backends.can_run_triton,
     "reference": _backends.can_run_reference,
 }
 
@@ -56,7 +58,7 @@ def deform_conv2d(
         padding: zeros on each side, >= 0.
         dilation: distance between taps, >= 1.
         mask: [N, offset_groups*kh*kw, out_h, out_w] or None for ones; any value, [0, 1] as published.
-        backend: "cpu", "cuda", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "cuda", "triton", "reference", or None for the best that runs on the input's device.
 
     ``groups`` and ``offset_groups`` follow from the shapes. ``out_h`` is ``(H + 2*padding - dilation*(kh-1) - 1) //
     stride + 1``, likewise ``out_w``. The dtype is float64, float32, bfloat16 or float16; offset and mask have the
@@ -99,13 +101,13 @@ def deform_conv2d(
         input, offset, weight, bias, mask = _follow_autocast(ambient, input, offset, weight, bias, mask)
     _check_dtypes(input, offset, weight, bias, mask)
 
-    if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
+    chosen = _backends.choose(op, input, backend, _CAN_RUN)
+    if chosen == "reference":
         with contextlib.nullcontext() if ambient is None else torch.autocast(input.device.type, enabled=False):
             return reference.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     _common.refuse_functional_transforms(op, input, offset, weight, bias, mask)
-    output: Tensor = torch.ops.hdrops.deform_conv2d.default(
-        input, offset, weight, bias, mask, stride, padding, dilation
-    )
+    kernels = torch.ops.hdrops._deform_conv2d_triton if chosen == "triton" else torch.ops.hdrops.deform_conv2d
+    output: Tensor = kernels.default(input, offset, weight, bias, mask, stride, padding, dilation)
     return output
 
 
@@ -284,45 +286,99 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, offset, weight, mask)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, offset, weight, mask = ctx.saved_tensors
-    output_mask = list(ctx.needs_input_grad[:5])
-    gradients = torch.ops.hdrops._deform_conv2d_backward.default(
-        grad_output,
-        input,
-        offset,
-        weight,
-        mask,
-        *ctx.geometry,
-        output_mask,
-        torch.are_deterministic_algorithms_enabled(),
+def _triton_forward(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *others: Any
+) -> Tensor:
+    """The kernel of ``_deform_conv2d_triton``: the checks that the compiled one makes, then hdrops.triton's."""
+    from hdrops.triton import deform_conv2d as kernels
+
+    _check_call(input, offset, weight, bias, mask, *others[:3])
+    return kernels.forward(input, offset, weight, bias, mask, *others)
+
+
+def _triton_backward(
+    grad_output: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    """The kernel of ``_deform_conv2d_triton_backward``."""
+    from hdrops.triton import deform_conv2d as kernels
+
+    _check_call(input, offset, weight, None, mask, *others[:3])
+    shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
+    if grad_output.shape != shape or grad_output.dtype != input.dtype or grad_output.device != input.device:
+        raise ValueError(
+            f"deform_conv2d: grad_output must have shape {list(shape)} and the input's dtype {input.dtype} and device "
+            f"{input.device}, got {_common.shape_of(grad_output)}, {grad_output.dtype} and {grad_output.device}"
+        )
+    return kernels.backward(grad_output, input, offset, weight, mask, *others)
+
+
+def _check_call(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """All checks of a call that came past the public function."""
+    op = "deform_conv2d"
+    steps = (
+        _common.checked_pair(op, "stride", list(stride), 1),
+        _common.checked_pair(op, "padding", list(padding), 0),
+        _common.checked_pair(op, "dilation", list(dilation), 1),
     )
-    return *_common.none_if_unwanted(gradients, output_mask), None, None, None
+    _check_shapes(input, offset, weight, bias, mask, *steps)
+    _common.check_devices(op, "input", input, offset=offset, weight=weight, bias=bias, mask=mask)
+    _check_dtypes(input, offset, weight, bias, mask)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Batches over images are folded into N; batches of weights are run one by one."""
-    op = torch.ops.hdrops.deform_conv2d.default
-    if in_dims[2] is not None or in_dims[3] is not None:
-        return _common.vmap_by_loop(op)(info, in_dims, *arguments)
-    input, offset, weight, bias, mask, *geometry = arguments
+def _register(name: str, backward_name: str) -> None:
+    """Registers all but the kernels of an operator with deform_conv2d's schema and of its backward operator."""
+    op = getattr(torch.ops.hdrops, name).default
+    backward_op = getattr(torch.ops.hdrops, backward_name).default
 
-    def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return batched.flatten(0, 1)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, offset, weight, mask = ctx.saved_tensors
+        output_mask = list(ctx.needs_input_grad[:5])
+        gradients = backward_op(
+            grad_output,
+            input,
+            offset,
+            weight,
+            mask,
+            *ctx.geometry,
+            output_mask,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return *_common.none_if_unwanted(gradients, output_mask), None, None, None
 
-    output = op(fold(input, in_dims[0]), fold(offset, in_dims[1]), weight, bias, fold(mask, in_dims[4]), *geometry)
-    return output.unflatten(0, (info.batch_size, output.shape[0] // info.batch_size)), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        """Batches over images are folded into N; batches of weights are run one by one."""
+        if in_dims[2] is not None or in_dims[3] is not None:
+            return _common.vmap_by_loop(op)(info, in_dims, *arguments)
+        input, offset, weight, bias, mask, *geometry = arguments
+
+        def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return batched.flatten(0, 1)
+
+        output = op(fold(input, in_dims[0]), fold(offset, in_dims[1]), weight, bias, fold(mask, in_dims[4]), *geometry)
+        return output.unflatten(0, (info.batch_size, output.shape[0] // info.batch_size)), 0
+
+    torch.library.register_fake(f"hdrops::{name}", _fake)
+    torch.library.register_fake(f"hdrops::{backward_name}", _fake_backward)
+    torch.library.register_autograd(f"hdrops::{name}", backward, setup_context=_setup_context)
+    torch.library.register_autograd(f"hdrops::{backward_name}", _backends.refuse_double_backward("deform_conv2d"))
+    _common.register_autocast(name, _follow_autocast)
+    torch.library.register_vmap(f"hdrops::{name}", vmap)
+    torch.library.register_vmap(f"hdrops::{backward_name}", _common.vmap_by_loop(backward_op))
 
 
-torch.library.register_fake("hdrops::deform_conv2d", _fake)
-torch.library.register_fake("hdrops::_deform_conv2d_backward", _fake_backward)
-torch.library.register_autograd("hdrops::deform_conv2d", _backward, setup_context=_setup_context)
-_common.refuse_double_backward("_deform_conv2d_backward")
-_common.register_autocast("deform_conv2d", _follow_autocast)
-torch.library.register_vmap("hdrops::deform_conv2d", _vmap)
-torch.library.register_vmap(
-    "hdrops::_deform_conv2d_backward", _common.vmap_by_loop(torch.ops.hdrops._deform_conv2d_backward.default)
-)
+triton.define_twin("_deform_conv2d_triton", "deform_conv2d", _triton_forward)
+triton.define_twin("_deform_conv2d_triton_backward", "_deform_conv2d_backward", _triton_backward)
+_register("deform_conv2d", "_deform_conv2d_backward")
+_register("_deform_conv2d_triton", "_deform_conv2d_triton_backward")
