@@ -11,14 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hdrops import _backends
+from hdrops import _backends, triton
 from hdrops.ops import _common
 from hdrops.reference import global_context as reference
 
 FUSIONS = ("add", "mul")
 
+_MOST_TRITON_CHANNELS = 1024
+
+
+def _can_run_triton(input: Tensor) -> str | None:
+    if input.shape[1] > _MOST_TRITON_CHANNELS:
+        return f"its kernels take at most {_MOST_TRITON_CHANNELS} channels, the input has {input.shape[1]}"
+    return _backends.can_run_triton(input)
+
+
 _CAN_RUN: dict[str, _backends.CanRun] = {
     "cpu": _backends.can_run_cpu,
+    "triton": _can_run_triton,
     "reference": _backends.can_run_reference,
 }
 
@@ -33,7 +43,7 @@ def context_pool(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         input: float [N, C, H, W]; N may be 0. NCHW and channels_last are read as they are.
         weight: [C], the input's dtype: a 1x1 convolution to one channel.
         bias: [1], the input's dtype, or None. It cancels in the softmax; what is not finite makes the result NaN.
-        backend: "cpu", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "triton", "reference", or None for the best that runs on the input's device.
 
     Returns:
         context [N, C] in the input's dtype. float64, float32, bfloat16 or float16; sums and the softmax are float32
@@ -65,11 +75,13 @@ def context_pool(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     if ambient is not None:
         input, weight, bias = _follow_autocast(ambient, input, weight, bias)
     _check_dtypes(op, input, {"weight": weight, "bias": bias})
-    if _backends.choose(op, input, backend, _CAN_RUN) == "reference":
+    chosen = _backends.choose(op, input, backend, _CAN_RUN)
+    if chosen == "reference":
         with _without_autocast(input):
             return reference.context_pool(input, weight, bias)
     _common.refuse_functional_transforms(op, input, weight, bias)
-    context: Tensor = torch.ops.hdrops.context_pool.default(input, weight, bias)[0]
+    kernels = torch.ops.hdrops._context_pool_triton if chosen == "triton" else torch.ops.hdrops.context_pool
+    context: Tensor = kernels.default(input, weight, bias)[0]
     return context
 
 
@@ -108,7 +120,7 @@ def global_context(
         excite_bias: [C].
         fusion: "add" or "mul".
         eps: of the layer norm, at least 0.
-        backend: "cpu", "reference", or None for the best that runs on the input's device.
+        backend: "cpu", "triton", "reference", or None for the best that runs on the input's device.
 
     Returns:
         [N, C, H, W] in the input's dtype and memory format. float64, float32, bfloat16 or float16; everything between
@@ -163,11 +175,13 @@ def global_context(
     if ambient is not None:
         tensors = _follow_autocast(ambient, *tensors)
     _check_dtypes(op, tensors[0], dict(zip(parameters, tensors[1:], strict=True)))
-    if _backends.choose(op, tensors[0], backend, _CAN_RUN) == "reference":
+    chosen = _backends.choose(op, tensors[0], backend, _CAN_RUN)
+    if chosen == "reference":
         with _without_autocast(input):
             return reference.global_context(*tensors, fusion=fusion, eps=eps)
     _common.refuse_functional_transforms(op, *tensors)
-    output: Tensor = torch.ops.hdrops.global_context.default(*tensors, fusion, float(eps))[0]
+    kernels = torch.ops.hdrops._global_context_triton if chosen == "triton" else torch.ops.hdrops.global_context
+    output: Tensor = kernels.default(*tensors, fusion, float(eps))[0]
     return output
 
 
@@ -265,12 +279,15 @@ def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(input, weight, output[1])
 
 
-def _pool_backward(ctx: Any, grad_context: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, state = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:2])
-    gradients = torch.ops.hdrops._context_pool_backward.default(grad_context, input, weight, state, wanted)
-    grad_bias = weight.new_zeros(1) if ctx.needs_input_grad[2] else None
-    return *_common.none_if_unwanted(gradients, wanted), grad_bias
+def _pool_backward_by(op: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_context: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, state = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:2])
+        gradients = op(grad_context, input, weight, state, wanted)
+        grad_bias = weight.new_zeros(1) if ctx.needs_input_grad[2] else None
+        return *_common.none_if_unwanted(gradients, wanted), grad_bias
+
+    return backward
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -279,13 +296,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(input, key_weight, squeeze_weight, norm_weight, norm_bias, excite_weight, output[1])
 
 
-def _backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    key_bias_wanted = ctx.needs_input_grad[2]
-    wanted = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:9]]
-    gradients = torch.ops.hdrops._global_context_backward.default(grad_output, *ctx.saved_tensors, ctx.fusion, wanted)
-    grad_input, grad_key, *rest = _common.none_if_unwanted(gradients, wanted)
-    grad_bias = ctx.saved_tensors[1].new_zeros(1) if key_bias_wanted else None
-    return grad_input, grad_key, grad_bias, *rest, None, None
+def _backward_by(op: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[3:9]]
+        gradients = op(grad_output, *ctx.saved_tensors, ctx.fusion, wanted)
+        grad_input, grad_key, *rest = _common.none_if_unwanted(gradients, wanted)
+        grad_bias = ctx.saved_tensors[1].new_zeros(1) if ctx.needs_input_grad[2] else None
+        return grad_input, grad_key, grad_bias, *rest, None, None
+
+    return backward
 
 
 def _vmap_of(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,15 +320,42 @@ def _vmap_of(op: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-torch.library.register_fake("hdrops::context_pool", _fake_pool)
-torch.library.register_fake("hdrops::_context_pool_backward", _fake_pool_backward)
-torch.library.register_fake("hdrops::global_context", _fake)
-torch.library.register_fake("hdrops::_global_context_backward", _fake_backward)
-torch.library.register_autograd("hdrops::context_pool", _pool_backward, setup_context=_setup_pool_context)
-torch.library.register_autograd("hdrops::global_context", _backward, setup_context=_setup_context)
-for _name in ("context_pool", "global_context"):
-    _op, _op_backward = (getattr(torch.ops.hdrops, name).default for name in (_name, f"_{_name}_backward"))
-    _common.refuse_double_backward(f"_{_name}_backward")
-    _common.register_autocast(_name, _follow_autocast)
-    torch.library.register_vmap(f"hdrops::{_name}", _vmap_of(_op))
-    torch.library.register_vmap(f"hdrops::_{_name}_backward", _common.vmap_by_loop(_op_backward))
+def _triton(name: str) -> Callable[..., Any]:
+    """The kernel of an operator in Triton, which is imported at the first call."""
+
+    def run(*arguments: Any) -> Any:
+        from hdrops.triton import global_context as kernels
+
+        return getattr(kernels, name)(*arguments)
+
+    return run
+
+
+def _register(family: str, twin: str) -> None:
+    """Registers all but the kernels of the operator ``family`` + ``twin`` and of its backward operator."""
+    name = f"{family}{twin}"
+    backward_name = f"_{name.lstrip('_')}_backward"
+    op, backward_op = (getattr(torch.ops.hdrops, n).default for n in (name, backward_name))
+    pooling = "pool" in family
+    torch.library.register_fake(f"hdrops::{name}", _fake_pool if pooling else _fake)
+    torch.library.register_fake(f"hdrops::{backward_name}", _fake_pool_backward if pooling else _fake_backward)
+    torch.library.register_autograd(
+        f"hdrops::{name}",
+        (_pool_backward_by if pooling else _backward_by)(backward_op),
+        setup_context=_setup_pool_context if pooling else _setup_context,
+    )
+    refusal = _backends.refuse_double_backward(family.lstrip("_"))
+    torch.library.register_autograd(f"hdrops::{backward_name}", refusal)
+    _common.register_autocast(name, _follow_autocast)
+    torch.library.register_vmap(f"hdrops::{name}", _vmap_of(op))
+    torch.library.register_vmap(f"hdrops::{backward_name}", _common.vmap_by_loop(backward_op))
+
+
+triton.define_twin("_context_pool_triton", "context_pool", _triton("pool"))
+triton.define_twin("_context_pool_triton_backward", "_context_pool_backward", _triton("pool_backward"))
+triton.define_twin("_global_context_triton", "global_context", _triton("forward"))
+triton.define_twin("_global_context_triton_backward", "_global_context_backward", _triton("backward"))
+_register("context_pool", "")
+_register("global_context", "")
+_register("_context_pool", "_triton")
+_register("_global_context", "_triton")
