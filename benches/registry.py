@@ -47,6 +47,7 @@ def optional(name: str) -> ModuleType | None:
 
 def cases() -> list[Case]:
     """Every case of every family, in the order they are reported."""
-    from benches import bench_camera, bench_crf, bench_deform_conv2d, bench_patch_match
+    from benches import bench_camera, bench_crf, bench_deform_conv2d, bench_global_context, bench_patch_match
 
-    return [*bench_deform_conv2d.CASES, *bench_patch_match.CASES, *bench_crf.CASES, *bench_camera.CASES]
+    families = (bench_deform_conv2d, bench_patch_match, bench_global_context, bench_crf, bench_camera)
+    return [case for family in families for case in family.CASES]

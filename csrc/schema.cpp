@@ -30,6 +30,22 @@ STABLE_TORCH_LIBRARY(hdrops, m) {
       "_patch_swap_backward(Tensor grad_output, Tensor index, SymInt[2] size, int patch_size, int scale, str border, "
       "bool channels_last, bool deterministic) -> Tensor");
 
+  // Global context, OP-2: weight and key_weight [C], squeeze_weight [P, C], excite_weight [C, P]. `state` is what the
+  // backward pass needs beside the inputs, one row for each image (csrc/global_context/params.h).
+  m.def("context_pool(Tensor input, Tensor weight, Tensor? bias) -> (Tensor context, Tensor state)");
+  m.def(
+      "_context_pool_backward(Tensor grad_context, Tensor input, Tensor weight, Tensor state, bool[2] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight)");
+  m.def(
+      "global_context(Tensor input, Tensor key_weight, Tensor? key_bias, Tensor squeeze_weight, Tensor squeeze_bias, "
+      "Tensor norm_weight, Tensor norm_bias, Tensor excite_weight, Tensor excite_bias, str fusion, float eps) "
+      "-> (Tensor output, Tensor state)");
+  m.def(
+      "_global_context_backward(Tensor grad_output, Tensor input, Tensor key_weight, Tensor squeeze_weight, "
+      "Tensor norm_weight, Tensor norm_bias, Tensor excite_weight, Tensor state, str fusion, bool[8] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_key_weight, Tensor grad_squeeze_weight, Tensor grad_squeeze_bias, "
+      "Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_excite_weight, Tensor grad_excite_bias)");
+
   // Camera response curves: curve [N|1, C|1, L], input [N, C, P] in memory order (contiguous or channels last).
   m.def("crf_lookup(Tensor input, Tensor curve, str mode, float? gradient_scale) -> Tensor");
   m.def(

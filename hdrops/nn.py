@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hdrops.ops import _common
 from hdrops.ops.crf import crf_lookup
 from hdrops.ops.deform_conv2d import deform_conv2d
+from hdrops.ops.global_context import context_pool, global_context
 from hdrops.ops.merge_exposures import merge_exposures
 from hdrops.ops.patch_match import PatchMatch as Matches
 from hdrops.ops.patch_match import patch_match
@@ -201,6 +202,103 @@ def _convert_4uiiurz1(layer: ModulatedDeformConv2d, state: dict[str, Any], prefi
 def _rename(state: dict[str, Any], old: str, new: str) -> None:
     if old in state:
         state[new] = state.pop(old)
+
+
+class GlobalContextBlock(nn.Module):
+    """The global-context block: mmcv's ``ContextBlock``, its arguments, its state dict and its result.
+
+    Args:
+        in_channels: channels C of the input.
+        ratio: of the bottleneck, P = int(C * ratio) >= 1.
+        pooling_type: "att", attention pooling. mmcv's "avg" is refused: it is a squeeze-and-excitation block.
+        fusion_types: "channel_add", "channel_mul" or both (then x * sigmoid(t_mul) + t_add), in a tuple.
+
+    The last convolution of each bottleneck starts at zero: the block starts as the identity, or for "channel_mul" as a
+    factor of one half. One fusion type is one operator, :func:`hdrops.global_context`; with both, the pooling is.
+
+    Shapes:
+        input [N, C, H, W] -> the same.
+
+    Example:
+        >>> import torch, hdrops
+        >>> block = hdrops.nn.GlobalContextBlock(8, 1 / 4)
+        >>> input = torch.rand(1, 8, 6, 7)
+        >>> torch.equal(block(input), input)
+        True
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        ratio: float,
+        pooling_type: str = "att",
+        fusion_types: Sequence[str] = ("channel_add",),
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        if pooling_type == "avg":
+            raise NotImplementedError(f"{op}: pooling_type must be 'att', got 'avg', which has no kernel here")
+        if pooling_type != "att":
+            raise ValueError(f"{op}: pooling_type must be 'att', got {pooling_type!r}")
+        names = ("channel_add", "channel_mul")
+        if isinstance(fusion_types, str) or not fusion_types or not set(fusion_types) <= set(names):
+            raise ValueError(
+                f"{op}: fusion_types must be a tuple of 'channel_add' and 'channel_mul', got {fusion_types!r}"
+            )
+        planes = int(in_channels * ratio)
+        if planes < 1:
+            raise ValueError(f"{op}: int(in_channels * ratio) must be at least 1, got int({in_channels} * {ratio})")
+        self.in_channels = in_channels
+        self.ratio = ratio
+        self.planes = planes
+        self.pooling_type = pooling_type
+        self.fusion_types = tuple(fusion_types)
+        self.conv_mask = nn.Conv2d(in_channels, 1, 1)
+        nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+        assert self.conv_mask.bias is not None
+        nn.init.zeros_(self.conv_mask.bias)
+        self.channel_add_conv = self._bottleneck() if "channel_add" in fusion_types else None
+        self.channel_mul_conv = self._bottleneck() if "channel_mul" in fusion_types else None
+
+    def _bottleneck(self) -> nn.Sequential:
+        excite = nn.Conv2d(self.planes, self.in_channels, 1)
+        nn.init.zeros_(excite.weight)
+        assert excite.bias is not None
+        nn.init.zeros_(excite.bias)
+        return nn.Sequential(
+            nn.Conv2d(self.in_channels, self.planes, 1),
+            nn.LayerNorm([self.planes, 1, 1]),
+            nn.ReLU(inplace=True),
+            excite,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        key_weight, key_bias = self.conv_mask.weight.flatten(), self.conv_mask.bias
+        if self.channel_add_conv is not None and self.channel_mul_conv is not None:
+            context = context_pool(input, key_weight, key_bias)[:, :, None, None]
+            output: Tensor = input * self.channel_mul_conv(context).sigmoid() + self.channel_add_conv(context)
+            return output
+        bottleneck = self.channel_mul_conv if self.channel_add_conv is None else self.channel_add_conv
+        assert bottleneck is not None
+        squeeze, norm, excite = bottleneck[0], bottleneck[1], bottleneck[3]
+        assert isinstance(squeeze, nn.Conv2d) and isinstance(norm, nn.LayerNorm) and isinstance(excite, nn.Conv2d)
+        assert squeeze.bias is not None and excite.bias is not None
+        return global_context(
+            input,
+            key_weight,
+            key_bias,
+            squeeze.weight.flatten(1),
+            squeeze.bias,
+            norm.weight.flatten(),
+            norm.bias.flatten(),
+            excite.weight.flatten(1),
+            excite.bias,
+            fusion="mul" if self.channel_add_conv is None else "add",
+            eps=norm.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, ratio={self.ratio}, fusion_types={self.fusion_types}"
 
 
 class CRF(nn.Module):

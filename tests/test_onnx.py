@@ -89,3 +89,18 @@ def test_a_module_with_dynamic_sizes(runtime) -> None:
     )
     input = torch.randn(3, 4, 13, 7)
     torch.testing.assert_close(run(runtime, program, (input,)), layer(input).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_mul",), ("channel_add", "channel_mul")], ids=str)
+def test_global_context_in_onnx_runtime(fusion_types: tuple[str, ...], dynamic: bool, runtime) -> None:
+    block = hdrops.nn.GlobalContextBlock(8, 0.5, fusion_types=fusion_types).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.5)
+    input = torch.randn(2, 8, 9, 7)
+    auto = torch.export.Dim.AUTO
+    shapes = ({0: auto, 2: auto, 3: auto},) if dynamic else None
+    program = hdrops.onnx.export(block, (input,), dynamic_shapes=shapes)
+    for tried in (input, torch.randn(3, 8, 6, 11)) if dynamic else (input,):
+        torch.testing.assert_close(run(runtime, program, (tried,)), block(tried), rtol=1e-5, atol=1e-5)

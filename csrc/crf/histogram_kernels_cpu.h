@@ -1,4 +1,5 @@
 // tent_histogram and value_histogram on one instruction set.
+#include "common/streaming.h"
 #include "crf/lookup_vector.h"
 
 namespace hdrops {

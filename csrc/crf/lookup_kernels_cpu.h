@@ -1,5 +1,6 @@
 // crf_lookup on one instruction set: N pixels of a register at a time, the few before and after them one by one by the
 // same code with N = 1. `Linear` says how a pixel meets its curve (common/lut.h); codes always index it.
+#include "common/streaming.h"
 #include "crf/lookup_vector.h"
 
 namespace hdrops {

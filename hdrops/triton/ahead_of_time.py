@@ -107,8 +107,12 @@ def plan(variant: Variant, capability: int) -> Launch:
 @functools.cache
 def compile_variant(variant: Variant, capability: int) -> Compiled:
     """Compiles one variant for one architecture."""
+    return compile_launch(plan(variant, capability), capability)
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles the kernel of one launch for one architecture."""
     begin = time.perf_counter()
-    launch = plan(variant, capability)
     kernel = triton.compile(_source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, spilled = _resources(kernel.asm["cubin"])
     return Compiled(
