@@ -24,8 +24,8 @@ def _benchmark_module(name: str) -> ModuleType:
 cuda_resources = _benchmark_module("cuda_resources")
 Kernels = dict[str, dict[str, int]]
 
-# On CUDA tensors plain PyTorch does their work: the guided filter, and calibrations from few samples.
-WITHOUT_CUDA_KERNEL = {"truncate", "_truncate_backward", "_solve_few_samples"}
+# On CUDA tensors Triton (global context) or plain PyTorch does their work.
+WITHOUT_CUDA_KERNEL = ("patch_match", "patch_swap", "context_pool", "global_context", "truncate", "_solve_few_samples")
 # Instructions of spills that stay: a register or two, cheaper than the occupancy that would save them.
 KNOWN_SPILLS = {
     "sm_80 deform_conv2d::input_gradients<float, deform_conv2d::Tf32Product<float, false> >": 4,
@@ -68,7 +68,8 @@ def test_library_loads_without_a_gpu(library: Path) -> None:
 
 def test_every_operator_with_a_cpu_kernel_has_a_cuda_kernel(library: Path) -> None:
     without = {name.removeprefix("hdrops::") for name in registered("CPU") - registered("CUDA")}
-    assert without == WITHOUT_CUDA_KERNEL
+    forward = {name.removesuffix("_backward").removeprefix("_") if "backward" in name else name for name in without}
+    assert forward == set(WITHOUT_CUDA_KERNEL)
 
 
 def test_no_kernel_spills_registers(kernels: dict[str, Kernels]) -> None:
