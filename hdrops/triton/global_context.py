@@ -16,7 +16,7 @@ from hdrops.triton import global_context_kernels as kernels
 from hdrops.triton.configs import Config
 from hdrops.triton.launch import Launch
 
-_TILE = 8192  # elements; a program of 8 warps keeps one of them, or its sums, in 32 registers a thread
+_TILE = 4096  # elements of float32: 16 registers a thread of 8 warps, and as many for the sums
 _WARPS = 8
 _PROGRAMS = 528  # of a pass over pixels: four for each multiprocessor of the largest GPUs
 _MOST_SPLITS = 512
@@ -116,7 +116,7 @@ class Plan:
         self.real = torch.float64 if input.dtype == torch.float64 else torch.float32
         n, channels, height, width = input.shape
         block_c = triton.next_power_of_2(channels)
-        most = 4096 if self.real == torch.float64 else _TILE
+        most = _TILE // 2 if self.real == torch.float64 else _TILE
         block_p = min(max(8, most // block_c), 256, max(8, triton.next_power_of_2(height * width)))
         self.config = Config(pixels=block_p, channels=block_c, outputs=16, warps=_WARPS, stages=1)
         tiles = triton.cdiv(height * width, block_p)
@@ -261,7 +261,7 @@ class Plan:
     def _image_by_image(self, kernel: triton.JITFunction, arguments: dict[str, object]) -> Launch:
         block_h = max(1, triton.next_power_of_2(self.hidden))
         block_s = triton.next_power_of_2(self.splits)
-        chunk = min(self.config.channels, max(1, 4096 // max(block_h, block_s)))
+        chunk = min(self.config.channels, max(1, _TILE // 2 // max(block_h, block_s)))
         constants = {
             "image": self.image,
             "hidden": self.hidden,
