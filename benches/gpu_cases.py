@@ -14,16 +14,14 @@ from torch import Tensor
 
 import hdrops
 from benches.bench_crf import bracket, gather_lerp, with_gradients, without_gradients
+from benches.bench_deform_conv2d import SHAPES as CPU_SHAPES
 from benches.bench_deform_conv2d import backward_of, channels_last, dense, forward_of, make
 from benches.registry import Contenders, optional
 from hdrops.reference.deform_conv2d import deform_conv2d as plain_deform_conv2d
 
-# name: batch, channels (in and out), height, width, offset groups
+# As the CPU's: name: batch, channels (in and out), height, width, offset groups.
 SHAPES = {
-    "S1 1x32 256x256 dg1": (1, 32, 256, 256, 1),
-    "S2 1x64 256x256 dg1": (1, 64, 256, 256, 1),
-    "S3 1x64 256x256 dg8": (1, 64, 256, 256, 8),
-    "S6 1x64 540x960 dg8": (1, 64, 540, 960, 8),
+    **CPU_SHAPES,
     "S7 1x32 1080x1920 dg1": (1, 32, 1080, 1920, 1),
     "S8 1x64 1080x1920 dg8": (1, 64, 1080, 1920, 8),
     "S9 16x64 256x256 dg1": (16, 64, 256, 256, 1),
