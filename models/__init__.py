@@ -1,36 +1,49 @@
-"""HDR systems built on the operators, by name: ``hdrops.models.create("name", **config)``."""
+"""HDR systems built on the operators, by name: ``hdrops.models.create("sthdr", **config)``."""
 
-from collections.abc import Callable
+import importlib
 
-from torch import nn
+from hdrops.models._system import System
 
-_REGISTRY: dict[str, Callable[..., nn.Module]] = {}
+# name -> module and class; a module is imported when its system is asked for.
+_SYSTEMS = {
+    "sthdr": ("hdrops.models.sthdr", "STHDR"),
+    "eapnet": ("hdrops.models.eapnet", "EAPNet"),
+    "duhdr": ("hdrops.models.duhdr", "DuHDR"),
+    "apnt": ("hdrops.models.apnt", "APNTFusion"),
+    "diffhdr": ("hdrops.models.diffhdr", "DiffHDR"),
+}
 
-
-def register(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Decorator: makes a constructor known to :func:`create` under ``name``."""
-
-    def add(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        if name in _REGISTRY:
-            raise ValueError(f"models.register: the name {name!r} is taken")
-        _REGISTRY[name] = constructor
-        return constructor
-
-    return add
+__all__ = ["System", "create", "names", "system"]
 
 
 def names() -> list[str]:
-    """The systems this version has, sorted."""
-    return sorted(_REGISTRY)
+    """The names of the systems."""
+    return list(_SYSTEMS)
 
 
-def create(name: str, **config: object) -> nn.Module:
-    """Builds the system ``name`` with its defaults overridden by ``config``.
+def system(name: str) -> type[System]:
+    """The class of the system ``name``.
 
     Raises:
         ValueError: no system has that name; the message lists those there are.
     """
-    if name not in _REGISTRY:
-        known = ", ".join(names()) or "none in this version"
-        raise ValueError(f"models.create: unknown model {name!r}; known: {known}")
-    return _REGISTRY[name](**config)
+    if name not in _SYSTEMS:
+        raise ValueError(f"models: unknown model {name!r}; known: {', '.join(_SYSTEMS)}")
+    module, title = _SYSTEMS[name]
+    found: type[System] = getattr(importlib.import_module(module), title)
+    return found
+
+
+def create(name: str, **config: object) -> System:
+    """Builds the system ``name``, with ``config`` in place of its defaults.
+
+    Example:
+        >>> import hdrops.models
+        >>> model = hdrops.models.create("sthdr", variant="hss")
+        >>> model.config.variant
+        'hss'
+
+    Raises:
+        ValueError: no system has that name, or it has no such option or value; the message lists those there are.
+    """
+    return system(name).build(**config)

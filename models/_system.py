@@ -1,0 +1,128 @@
+"""What the five systems have in common: a frozen configuration, one way to be called on photographs, complexity.
+
+A system is a module with a dataclass ``Config`` whose defaults are its paper's values. Its ``forward`` takes what its
+paper's network takes and is documented there; :meth:`System.predict` takes photographs in any order and of any size,
+which is what ``hdrops predict`` and a user with files want.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdrops.models.complexity import PaperRow, Report, measure
+
+
+class System(nn.Module, ABC):
+    """Base of the five systems.
+
+    Attributes:
+        name: what :func:`hdrops.models.create` calls it.
+        frames: photographs that make one HDR image.
+        config: the configuration, an instance of the class's ``Config``.
+    """
+
+    name: ClassVar[str]
+    frames: ClassVar[int]
+    Config: ClassVar[type]
+    # The figures its paper prints, each with the rule that the paper counted by.
+    paper_rows: ClassVar[Sequence[PaperRow]] = ()
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def build(cls, **config: object) -> "System":
+        """The system with ``config`` in place of its defaults.
+
+        Raises:
+            ValueError: an option it does not have, or a value it does not take.
+        """
+        known = [field.name for field in dataclasses.fields(cls.Config)]
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.name}: unknown option {', '.join(unknown)}; it has {', '.join(known)}")
+        return cls(cls.Config(**config))
+
+    @abstractmethod
+    def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Any, ...]:
+        """Random arguments of ``forward`` for one image of that size, or of the submodule ``part``'s."""
+
+    @abstractmethod
+    def _predict(self, images: Tensor, log_exposures: Tensor) -> Tensor:
+        """Radiance [N, 3, H, W] of ``images`` [N, frames, 3, H, W] sorted by ``log_exposures`` [frames]."""
+
+    def predict(self, images: Tensor, log_exposures: Tensor | Sequence[float] | None = None) -> Tensor:
+        """An HDR image from photographs.
+
+        Args:
+            images: float [N, P, 3, H, W] RGB codes in [0, 1], P = ``self.frames``, in any order.
+            log_exposures: P natural logarithms of exposures in seconds, all different; of one frame none are needed.
+
+        Returns:
+            Radiance [N, 3, H, W], linear, relative to the middle exposure.
+
+        Raises:
+            ValueError: another number of frames, exposures missing, equal or not finite.
+            TypeError: images that are not floating point.
+        """
+        check_images(self.name, images, self.frames)
+        if self.frames == 1:
+            return self._predict(images, images.new_zeros(1, dtype=torch.float32))
+        exposures = check_exposures(self.name, log_exposures, self.frames).to(images.device)
+        order = exposures.argsort()
+        return self._predict(images[:, order], exposures[order])
+
+    def complexity(self, height: int = 256, width: int = 256, part: str = "") -> Report:
+        """Parameters and multiply-adds of one image of that size, of all or of the submodule ``part``.
+
+        See :mod:`hdrops.models.complexity` for the rules of counting.
+        """
+        return measure(self.get_submodule(part), lambda: self.example_inputs(height, width, part))
+
+
+def check_images(op: str, images: Tensor, frames: int) -> None:
+    """Raises unless ``images`` is a float [N, frames, 3, H, W]."""
+    if images.dim() != 5 or images.shape[2] != 3:
+        raise ValueError(f"{op}: images must be [N, {frames}, 3, H, W], got shape {list(images.shape)}")
+    if images.shape[1] != frames:
+        raise ValueError(f"{op}: takes {frames} frames, got {images.shape[1]} (images shape {list(images.shape)})")
+    if not images.is_floating_point():
+        raise TypeError(f"{op}: images must be floating point codes in [0, 1], got {images.dtype}")
+
+
+def check_exposures(op: str, log_exposures: Tensor | Sequence[float] | None, frames: int) -> Tensor:
+    """The exposures as a float64 tensor [frames] on the CPU; raises unless they are finite and all different."""
+    if log_exposures is None:
+        raise ValueError(f"{op}: needs the logarithms of {frames} exposures, got none")
+    exposures = torch.as_tensor(log_exposures, dtype=torch.float64).detach().cpu().reshape(-1)
+    if len(exposures) != frames:
+        raise ValueError(f"{op}: needs {frames} exposures, got {len(exposures)}")
+    if not bool(exposures.isfinite().all()):
+        raise ValueError(f"{op}: exposures must be finite logarithms of seconds, got {exposures.tolist()}")
+    if len(exposures.unique()) != frames:
+        raise ValueError(f"{op}: exposures must differ from each other, got {exposures.tolist()}")
+    return exposures
+
+
+def pad_to_multiple(image: Tensor, multiple: int, mode: str = "reflect") -> tuple[Tensor, tuple[int, int]]:
+    """Pads [N, C, H, W] at bottom and right to multiples; returns it with the height and width to crop back to.
+
+    Reflection repeats the border where the image is smaller than what it is to be padded by.
+    """
+    height, width = image.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if mode == "reflect" and (bottom >= height or right >= width):
+        mode = "replicate"
+    padded = F.pad(image, (0, right, 0, bottom), mode=mode) if bottom or right else image
+    return padded, (height, width)
+
+
+def crop_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The upper left [..., height, width] of an image, undoing :func:`pad_to_multiple`."""
+    return image[..., : size[0], : size[1]]

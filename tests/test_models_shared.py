@@ -1,0 +1,102 @@
+"""What the systems share: the registry, checks of what they are given, VGG, losses, counting of operations."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import hdrops
+from hdrops import models
+from hdrops.models import _system, losses
+from hdrops.models.backbones import VGG, imagenet_normalize, layer_names
+from hdrops.models.complexity import measure
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown model 'resnet'; known: sthdr, eapnet, duhdr, apnt, diffhdr"):
+        models.create("resnet")
+
+
+def test_images_and_exposures_are_checked() -> None:
+    images = torch.rand(1, 3, 3, 8, 8)
+    _system.check_images("m", images, 3)
+    with pytest.raises(ValueError, match=r"m: takes 3 frames, got 2 \(images shape \[1, 2, 3, 8, 8\]\)"):
+        _system.check_images("m", images[:, :2], 3)
+    with pytest.raises(ValueError, match=r"m: images must be \[N, 3, 3, H, W\], got shape \[3, 3, 8, 8\]"):
+        _system.check_images("m", images[0], 3)
+    with pytest.raises(TypeError, match=r"m: images must be floating point codes in \[0, 1\], got torch.uint8"):
+        _system.check_images("m", images.byte(), 3)
+    for exposures, words in (
+        (None, "got none"),
+        ([0.0, 1.0], "needs 3 exposures, got 2"),
+        ([0.0, 1.0, 1.0], "must differ"),
+        ([0.0, 1.0, math.nan], "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _system.check_exposures("m", exposures, 3)
+    assert _system.check_exposures("m", (2, 0, 1), 3).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("size", [(5, 9), (8, 8), (1, 3)])
+def test_padding_is_undone(size: tuple[int, int]) -> None:
+    image = torch.rand(1, 2, *size)
+    padded, back = _system.pad_to_multiple(image, 8)
+    assert all(length % 8 == 0 for length in padded.shape[2:])
+    assert torch.equal(_system.crop_to(padded, back), image)
+
+
+def test_vgg_has_the_papers_layers_and_torchvisions_names(tmp_path) -> None:
+    assert layer_names(19)[-5:] == ["conv5_3", "relu5_3", "conv5_4", "relu5_4", "pool5"]
+    vgg = VGG(19, ["relu1_1", "relu2_1", "relu3_1"], seed=3)
+    assert sum(parameter.numel() for parameter in vgg.parameters()) == 555_328
+    assert not any(parameter.requires_grad for parameter in vgg.parameters())
+    image = imagenet_normalize(torch.rand(1, 3, 16, 20))
+    assert [feature.shape[1:] for feature in vgg(image)] == [(64, 16, 20), (128, 8, 10), (256, 4, 5)]
+    torch.save({**vgg.state_dict(), "classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
+    loaded = VGG(19, ["relu3_1"], weights=tmp_path / "vgg.pth", seed=4)
+    assert torch.equal(loaded(image)[0], vgg(image)[2])
+    with pytest.raises(ValueError, match="no state dict of VGG16"):
+        VGG(16, ["pool3"], weights=tmp_path / "vgg.pth")
+    with pytest.raises(ValueError, match="in the network's order"):
+        VGG(16, ["relu2_1", "relu1_1"])
+    with pytest.raises(OSError, match=r"none\.pth"):
+        VGG(16, ["pool3"], weights=tmp_path / "none.pth")
+
+
+def test_losses_are_zero_for_a_perfect_prediction_and_refuse_other_shapes() -> None:
+    image = torch.rand(2, 3, 8, 8)
+    assert losses.mu_law_l1(image, image) == 0
+    with pytest.raises(ValueError, match="must have one shape"):
+        losses.mu_law_l1(image, image[:1])
+    expected = (math.log(1 + 5000 * 0.5) - math.log(1 + 5000 * 0.25)) / math.log(5001)
+    difference = losses.mu_law_l1(torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), 0.25))
+    assert difference.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_white_of_the_challenge_is_a_percentile_of_the_linear_target() -> None:
+    target = torch.linspace(0, 1, 300).reshape(1, 3, 10, 10)
+    assert losses.ntire_white(target).item() == pytest.approx((296 / 299) ** 2.24, rel=1e-5)
+    prediction = torch.zeros(1, 3, 10, 10, requires_grad=True)
+    losses.ntire_tonemap(prediction, losses.ntire_white(target)).sum().backward()
+    assert prediction.grad is not None and prediction.grad.isfinite().all()
+
+
+def test_operations_by_each_rule() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2))
+    report = measure(model, lambda: (torch.rand(1, 3, 10, 12),))
+    conv, transposed = 3 * 8 * 9 * 120, 8 * 4 * 4 * 120
+    assert report.parameters == report.trained == 3 * 8 * 9 + 8 + 8 * 4 * 4 + 4
+    assert report.operations["fixed"] == conv + transposed
+    assert report.operations["thop"] == conv + 4 * transposed
+    assert report.operations["torchinfo"] == (3 * 8 * 9 + 8) * 120 + (8 * 4 * 4 + 4) * 480
+    assert report.operations["tensorflow"] == 2 * (conv + transposed) + 8 * 120 + 4 * 480 + 2 * 8 * 120
+
+
+def test_operators_count_like_the_dense_layers_they_stand_for() -> None:
+    deformable = hdrops.nn.ModulatedDeformConv2d(4, 6, 3, padding=1)
+    report = measure(deformable, lambda: (torch.rand(1, 4, 5, 7),))
+    assert report.operations["fixed"] == (4 * 6 * 9 + 4 * 27 * 9) * 35
+    context = hdrops.nn.GlobalContextBlock(8, ratio=0.5)
+    report = measure(context, lambda: (torch.rand(1, 8, 5, 7),))
+    assert report.operations["fixed"] == 8 * 35 + 8 * 4 + 4 * 8
