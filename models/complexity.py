@@ -163,7 +163,7 @@ def measure(model: nn.Module, inputs: Callable[[], Sequence[Any]]) -> Report:
     mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
     model.eval()
     try:
-        with recorded(model) as calls, mode, torch.no_grad():
+        with recorded(model) as calls, mode, torch.no_grad(), torch.device(parameters[0].device):
             model(*inputs())
     finally:
         model.train(training)
