@@ -158,7 +158,7 @@ def _type(value: Tensor | int) -> str:
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     names = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return "*" + {**names, torch.int64: "i64"}[value.dtype]
+    return "*" + {**names, torch.int32: "i32", torch.int64: "i64"}[value.dtype]
 
 
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:
