@@ -11,26 +11,17 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton.language as tl
+
 import hdrops
 from hdrops import _backends, _load, triton
 from hdrops.ops import patch_swap as op
 from hdrops.triton import ahead_of_time
-from hdrops.triton import patch_swap as launches
-from hdrops.triton.launch import Launch
 
 if triton.INTERPRETED:
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[1]
-# dtype, channels, channels last, patch size, scale, border, and whether places are numbered in 64 bits
-LAYERS = {
-    "float32": (torch.float32, 64, False, 3, 1, "exclude", False),
-    "bfloat16": (torch.bfloat16, 64, True, 3, 2, "zero", False),
-    "float16": (torch.float16, 64, False, 3, 4, "exclude", False),
-    "float64": (torch.float64, 256, True, 7, 1, "exclude", False),
-    "large": (torch.float32, 3, False, 7, 1, "zero", True),
-}
-KERNELS = ("swap", "share", "run", "gradient")
 
 
 def test_kernels_in_the_interpreter() -> None:
@@ -72,33 +63,16 @@ def test_has_the_compiled_operators_arguments(name: str) -> None:
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"hdrops::{twin}", "CPU")
 
 
-def planned(layer: str, kernel: str) -> Launch:
-    """A launch for two images of 1000 x 1500 sites, on tensors without memory."""
-    dtype, channels, last, patch_size, scale, border, large = LAYERS[layer]
-    size = scale * 1000, scale * 1500
-    image = torch.empty(2, channels, *size, dtype=dtype, device="meta")
-    if last:
-        image = image.contiguous(memory_format=torch.channels_last)
-    index = torch.empty(2, 1000, 1500, dtype=torch.int64, device="meta")
-    plan = launches.Plan(image, index, size, patch_size, scale, border)
-    assert (plan.place == torch.int64) == large
-    if kernel == "swap":
-        return plan.swap(torch.empty_like(image))
-    if kernel == "share":
-        return plan.share(torch.empty(index.shape, dtype=plan.real, device="meta"))
-    matches, share, runs = plan.sort(), plan.new_share(), plan.new_runs()
-    if kernel == "run":
-        return plan.run_sums(matches, share, runs)
-    return plan.gradient(matches, share, runs, torch.empty_like(image))
+def test_numbers_places_in_64_bits_only_where_they_need_it() -> None:
+    for name, swap in ahead_of_time.SWAPS.items():
+        place = ahead_of_time.plan_swap("swap", swap).arguments["PLACE"]
+        assert place == (tl.int64 if name == "large" else tl.int32)
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.ARCHITECTURES)
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_compiles(layer: str, kernel: str, capability: int, monkeypatch) -> None:
-    if layer == "large":
-        monkeypatch.setattr(launches, "_LAST_PLACE", 0)  # what an image of more than 2^31 pixels takes
-    compiled = ahead_of_time.compile_launch(planned(layer, kernel), capability)
+@pytest.mark.parametrize(("kernel", "name"), list(ahead_of_time.swap_launches()))
+def test_compiles(kernel: str, name: str, capability: int) -> None:
+    compiled = ahead_of_time.compile_launch(ahead_of_time.plan_swap(kernel, ahead_of_time.SWAPS[name]), capability)
     assert compiled.shared <= 48 << 10  # which every device gives without asking
     assert compiled.spilled in (0, None), f"{compiled.spilled} bytes spilled, {compiled.registers} registers"
     assert not re.search(r"\b(atom|red)\b", compiled.ptx)  # sums in no order of arrival
@@ -106,6 +80,7 @@ def test_compiles(layer: str, kernel: str, capability: int, monkeypatch) -> None
 
 @pytest.mark.parametrize("kernel", ["swap", "gradient"])
 def test_channels_last_is_read_and_written_sixteen_bytes_at_a_time(kernel: str) -> None:
-    ptx = ahead_of_time.compile_launch(planned("bfloat16", kernel), 90).ptx
+    launch = ahead_of_time.plan_swap(kernel, ahead_of_time.SWAPS["bfloat16"])
+    ptx = ahead_of_time.compile_launch(launch, 90).ptx
     assert re.search(r"\bld\.global\.v4\.b32", ptx)
     assert re.search(r"\bst\.global\.v4\.b32", ptx)

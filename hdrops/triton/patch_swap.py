@@ -30,6 +30,7 @@ _LEAST_PIXELS = 32
 _MOST_CHANNELS = 64
 # Sites of a run. The sums of all runs take patch_size^2 / _RUN of the output gradient's size, in float32.
 _RUN = 256
+# From so many pixels on they are numbered in 64 bits: the numbers of a tile may go beyond the last pixel.
 _LAST_PLACE = 2**31 - 2**16
 
 
