@@ -78,10 +78,12 @@ def curve_call(name: str, dtype: torch.dtype = torch.float32) -> Call:
 
 
 def call_of(name: str) -> Call:
+    if name == "patch_swap":
+        return swap_call(torch.float32, torch.contiguous_format, size=(61, 67))
     return deform_call(SMALL["tile"], torch.float32, "cuda") if name == "deform_conv2d" else curve_call(name)
 
 
-every_operator = pytest.mark.parametrize("name", ["deform_conv2d", *CURVE_OPERATORS])
+every_operator = pytest.mark.parametrize("name", ["deform_conv2d", "patch_swap", *CURVE_OPERATORS])
 
 
 @pytest.fixture
@@ -277,3 +279,51 @@ def test_autocast_follows_the_ambient_dtype(dtype: torch.dtype) -> None:
 
 def test_reports_that_cuda_runs() -> None:
     assert _load.cuda_status() is None
+
+
+def swap_call(dtype: torch.dtype, layout: torch.memory_format, size: tuple[int, int] = (45, 31), **options) -> Call:
+    """Patch swap, with matches anywhere and one that many sites share, whose runs are added up first."""
+    scale = options.get("scale", 1)
+    source = torch.randn(2, 5, scale * 11, scale * 13, device="cuda").to(dtype).contiguous(memory_format=layout)
+    index = torch.randint(-3, 150, (2, *size), device="cuda")
+    index[:, 2 : size[0] // 2] = 70
+    leaf = source.requires_grad_()
+    return with_gradients(lambda: hdrops.patch_swap(leaf, index, **options), leaf)
+
+
+SWAP_LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+SWAP_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.mark.sanitizer
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+@pytest.mark.parametrize("border", ["exclude", "zero"])
+def test_small_patch_swap(border: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for patch_size, scale in ((3, 1), (5, 2)):
+        call = swap_call(dtype, layout, patch_size=patch_size, scale=scale, border=border)
+        assert all(tensor.isfinite().all() for tensor in call())
+
+
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+def test_patch_swap_with_shared_matches_equals_the_reference(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    got = swap_call(dtype, layout, size=(61, 67))()
+    torch.manual_seed(0)
+    source = torch.randn(2, 5, 11, 13, device="cuda").to(dtype).double().requires_grad_()
+    index = torch.randint(-3, 150, (2, 61, 67), device="cuda")
+    index[:, 2:30] = 70
+    wanted = with_gradients(lambda: hdrops.patch_swap(source, index, backend="reference"), source)()
+    assert_close(got[0], wanted[0], terms=9)
+    # A match that 1876 sites share, each of nine taps: the terms of the largest sum.
+    assert_close(got[1], wanted[1], terms=9 * 2000, scale=float(wanted[1].abs().max()))
+
+
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+def test_patch_swap_repeats_every_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    call = swap_call(dtype, layout, size=(201, 203))
+    first = call()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
