@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,19 +30,18 @@ CONTENDERS = ("hdrops", "torchvision", "plain PyTorch")
 
 @dataclass(frozen=True)
 class Case:
-    """One system, size and direction; ``peers`` are the contenders that differ from hdrops in it."""
+    """One system or part of it, size and direction; ``peers`` are the contenders that differ from hdrops in it."""
 
     model: str
     size: tuple[int, int]
     training: bool
     peers: tuple[str, ...]
-    config: dict[str, object] = field(default_factory=dict)
+    part: str = ""
 
     @property
     def name(self) -> str:
-        options = "".join(f" {name}={value}" for name, value in self.config.items())
         direction = "training step" if self.training else "forward"
-        return f"{self.model}{options} {direction} {self.size[0]}x{self.size[1]}"
+        return f"{self.model}{'.' * bool(self.part)}{self.part} {direction} {self.size[0]}x{self.size[1]}"
 
 
 def _cases() -> Iterator[Case]:
@@ -56,7 +55,10 @@ def _cases() -> Iterator[Case]:
     yield Case("duhdr", (256, 256), True, plain)
     yield Case("apnt", (256, 256), False, plain)
     yield Case("apnt", (256, 256), True, plain)
-    yield Case("diffhdr", (256, 256), False, plain)
+    # Its networks have no operator of hdrops, its HDR layer is of nothing else.
+    yield Case("diffhdr", (256, 256), False, ())
+    yield Case("diffhdr", (256, 256), False, plain, part="layer")
+    yield Case("diffhdr", (256, 256), True, plain, part="layer")
 
 
 CASES = tuple(_cases())
@@ -79,8 +81,10 @@ def operators_of(contender: str) -> Iterator[None]:
 def prepare(case: Case) -> Callable[[], object]:
     """The call that is measured, its model and inputs made."""
     torch.manual_seed(0)
-    model = models.create(case.model, **case.config).train(case.training)
-    inputs = model.example_inputs(*case.size)
+    system = models.create(case.model).train(case.training)
+    model, inputs = system.get_submodule(case.part), system.example_inputs(*case.size, case.part)
+    if case.part:  # a part's gradient goes on to what comes before it
+        inputs = tuple(x.requires_grad_(case.training) if isinstance(x, Tensor) and x.dim() > 1 else x for x in inputs)
 
     def forward() -> object:
         with torch.no_grad():

@@ -325,6 +325,8 @@ class DiffHDR(System):
         last = part.split(".")[-1]
         if last in channels:
             return torch.rand(1, channels[last], height, width), 0, None
+        if last == "layer":
+            return torch.rand(1, len(EVS), 3, height, width).sort(1).values, log_exposures()
         images = [torch.rand(1, count, height, width) for count in (3, 3, 1)]
         return tuple(images) if last == "refine" else (images[0], images[2])
 
