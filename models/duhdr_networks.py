@@ -292,7 +292,8 @@ def vgg_input(image: Tensor, convention: str) -> Tensor:
     """
     if convention == "torchvision":
         return imagenet_normalize(image)
-    return 255 * image.flip(1) - image.new_tensor(_CAFFE_MEAN).view(1, 3, 1, 1)
+    colours = zip(reversed(image.unbind(1)), _CAFFE_MEAN, strict=True)
+    return torch.stack([255 * colour - mean for colour, mean in colours], 1)
 
 
 def overexposed(image: Tensor, alpha: float) -> Tensor:
@@ -334,7 +335,8 @@ class ITnet(nn.Module):
     five steps up, each fused with VGG's features of its size (divided by 255 under the "caffe" convention) by a 1x1
     convolution that begins as their sum; 1x1 to 3 channels, batch norm, ReLU, fused likewise with the image itself,
     ReLU. The auto-encoder is Eilertsen et al.'s (SIGGRAPH Asia 2017) with enlargement and convolution for transposed
-    convolution. Batch norms have eps 1e-5 and torch's momentum 0.1; the sources do not tell.
+    convolution. The sources do not tell the eps and momentum of the batch norms: here torch's 1e-5 and 0.1; and their
+    image at the last fusion, "scaled by 255", may be I_clip, as here and in Eilertsen's, or VGG's input over 255.
 
     Args:
         alpha: radiance from which the mask rises: 0.95 in the paper; SingleHDR's weights and the published code
