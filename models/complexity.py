@@ -8,7 +8,8 @@ each of those is here under the name of the program that counts so, and a paper'
 fixed       multiply-adds of weights; a transposed convolution on its input's grid; a deformable one as a dense one
 thop        multiply-adds of weights; a transposed convolution on its output's grid; 4 an element of instance norm
 torchinfo   parameters (with bias) of a convolution times its output's pixels, transposed ones too; of others once
-tensorflow  2 a multiply-add, 1 a bias addition, 1 an element of pooling, 2 an element of leaky ReLU
+tensorflow  2 a multiply-add, 1 a bias addition, 1 a tap of pooling, 2 an element of leaky ReLU or batch norm, and
+            what a layer names in ``arithmetic_per_pixel`` for each pixel of its output
 =========== ==========================================================================================================
 """
 
@@ -117,9 +118,10 @@ def _tensorflow(call: Call) -> float:
     if isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d)):
         size = layer.kernel_size
         count += math.prod(call.output) * (size[0] * size[1] if isinstance(size, tuple) else size * size)
-    if isinstance(layer, nn.LeakyReLU):
+    if isinstance(layer, (nn.LeakyReLU, nn.BatchNorm2d)):
         count += 2 * math.prod(call.output)
-    return count
+    arithmetic: float = getattr(layer, "arithmetic_per_pixel", 0)
+    return count + arithmetic * call.output[0] * math.prod(call.output[2:])
 
 
 RULES: dict[str, Callable[[Call], float]] = {
