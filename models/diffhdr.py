@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdrops.models._system import System, crop_to, pad_to_multiple
-from hdrops.models.complexity import PaperRow
 from hdrops.models.diffhdr_layer import HDRLayer
+from hdrops.models.operations import PaperRow
 
 # Exposure values of the stack, in stops; the steps between them are what the networks learn.
 EVS = (-3, -2, -1, 0, 1, 2, 3)

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 import hdrops
 from hdrops.models import crf_net, duhdr_training
 from hdrops.models._system import System, crop_to, pad_to_multiple
-from hdrops.models.complexity import PaperRow
 from hdrops.models.duhdr_networks import Dnet, ITnet, OOnet, check_image
 from hdrops.models.duhdr_response import ResponseNet
+from hdrops.models.operations import PaperRow
 
 # Inference: sizes are raised to multiples of the first, then a border of the second is added on each side.
 _MULTIPLE = 64
