@@ -277,3 +277,30 @@ def test_autocast_follows_the_ambient_dtype(dtype: torch.dtype) -> None:
 
 def test_reports_that_cuda_runs() -> None:
     assert _load.cuda_status() is None
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radius", [2, 3, 11], ids=["usual radius", "other radius", "no tiles"])
+def test_small_truncate(radius: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    image = (torch.randn(2, 5, 19, 35, device="cuda") * 0.7).exp().to(dtype).contiguous(memory_format=layout)
+    image.requires_grad_()
+    output, gradient = with_gradients(lambda: hdrops.truncate(image, radius=radius), image)()
+    exact = image.detach().double().requires_grad_()
+    wanted, slope = with_gradients(lambda: hdrops.truncate(exact, radius=radius, backend="reference"), exact)()
+    assert_close(output, wanted, terms=25)
+    assert_close(gradient, slope, terms=(2 * radius + 1) ** 4, name="gradient")
+
+
+def test_truncate_of_more_than_2_to_the_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 << 30:
+        pytest.skip("needs 20 GB of GPU memory")
+    x = torch.full((1, 32, 8192, 8200), 0.5, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[0, -1, -40:, -40:] = 4.0
+    output = hdrops.truncate(x)
+    assert (output[0, -1, -30:, -30:] == 1.0).all()
+    assert (output[0, -1, :100] == 0.5).all()
+    assert (output[0, 0] == 0.5).all()
