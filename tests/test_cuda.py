@@ -304,3 +304,22 @@ def test_truncate_of_more_than_2_to_the_31_elements() -> None:
     assert (output[0, -1, -30:, -30:] == 1.0).all()
     assert (output[0, -1, :100] == 0.5).all()
     assert (output[0, 0] == 0.5).all()
+
+
+def test_mixed_devices_are_refused_by_the_response_curves() -> None:
+    image, curve, stack = torch.rand(1, 3, 8, 8), torch.rand(256), torch.rand(1, 2, 3, 8, 8)
+    with pytest.raises(ValueError, match="crf_lookup: curve must be on input's device cuda:0, got cpu"):
+        hdrops.crf_lookup(image.cuda(), curve)
+    with pytest.raises(ValueError, match="crf_lookup: curve must be on input's device cpu, got cuda:0"):
+        hdrops.crf_lookup(image, curve.cuda())
+    with pytest.raises(ValueError, match="log_exposures must be on the stack's device cuda:0, got cpu"):
+        hdrops.merge_exposures(stack.cuda(), torch.zeros(1, 2))
+    for grad, input in ((image, image.cuda()), (image.cuda(), image)):
+        with pytest.raises(ValueError, match="truncate: grad_output must be on input's device"):
+            torch.ops.hdrops._truncate_backward(grad, input, 2, 0.01)
+
+
+@pytest.mark.parametrize("name", ["tent_histogram", "value_histogram", "quantize_ste", "truncate"])
+def test_integers_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}: input must be .*int32"):
+        getattr(hdrops, name)(torch.zeros(1, 3, 8, 8, dtype=torch.int32, device="cuda"))
