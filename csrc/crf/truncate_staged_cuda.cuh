@@ -36,6 +36,9 @@ HDROPS_HD constexpr bool is_along_row(TruncateStage stage) {
 }
 
 template <bool kBackward, class T>
+using StagesInMemory = TruncateStages<0, kBackward, device_acc_t<T>, InMemory<T>>;
+
+template <bool kBackward, class T>
 constexpr int kStagedBuffers = kBackward ? 6 : 4;
 
 template <bool kBackward, class T>
@@ -46,8 +49,9 @@ int64_t staged_planes(const TruncateParams& p) {
 }
 
 // `planes` planes; `direct`: what of the gradient goes through no box.
-template <TruncateStage kStage, bool kBackward, class T, class Stages>
-__global__ __launch_bounds__(kRunThreads, 4) void truncate_stage_kernel(TruncateParams p, int64_t planes, Stages stages,
+template <TruncateStage kStage, bool kBackward, class T>
+__global__ __launch_bounds__(kRunThreads, 4) void truncate_stage_kernel(TruncateParams p, int64_t planes,
+                                                                        StagesInMemory<kBackward, T> stages,
                                                                         const T* grad_output, device_acc_t<T>* direct,
                                                                         T* output) {
   const int64_t row = p.width * p.step, count = planes * p.height * row;
@@ -80,10 +84,9 @@ template <bool kBackward, class T>
 void launch_truncate_stages(const TruncateParams& p, const T* input, const T* grad_output, T* output, void* workspace,
                             cudaStream_t stream) {
   using A = device_acc_t<T>;
-  using Stages = TruncateStages<0, kBackward, A, InMemory<T>>;
   const int64_t plane = p.height * p.row(), most = staged_planes<kBackward, T>(p), size = most * plane;
   A* buffers = static_cast<A*>(workspace);
-  Stages stages{};
+  StagesInMemory<kBackward, T> stages{};
   stages.first = buffers, stages.second = buffers + size, stages.slope = buffers + 2 * size;
   stages.shift = stages.inverse = buffers + 3 * size;
   stages.given_radius = int(p.radius), stages.eps = filter_eps<A>(p.eps);
@@ -96,17 +99,17 @@ void launch_truncate_stages(const TruncateParams& p, const T* input, const T* gr
     const auto run = [&](auto kernel) {
       launch(kernel, grid_over(planes * plane), stream, p, planes, stages, grad, direct, output + done * plane);
     };
-    run(truncate_stage_kernel<TruncateStage::row_moments, kBackward, T, Stages>);
-    run(truncate_stage_kernel<TruncateStage::guide, kBackward, T, Stages>);
-    run(truncate_stage_kernel<TruncateStage::guide_sums, kBackward, T, Stages>);
+    run(truncate_stage_kernel<TruncateStage::row_moments, kBackward, T>);
+    run(truncate_stage_kernel<TruncateStage::guide, kBackward, T>);
+    run(truncate_stage_kernel<TruncateStage::guide_sums, kBackward, T>);
     if constexpr (kBackward) {
-      run(truncate_stage_kernel<TruncateStage::base_gradient, kBackward, T, Stages>);
-      run(truncate_stage_kernel<TruncateStage::base_gradient_sums, kBackward, T, Stages>);
-      run(truncate_stage_kernel<TruncateStage::moment_gradients, kBackward, T, Stages>);
-      run(truncate_stage_kernel<TruncateStage::moment_gradient_sums, kBackward, T, Stages>);
-      run(truncate_stage_kernel<TruncateStage::image_gradient, kBackward, T, Stages>);
+      run(truncate_stage_kernel<TruncateStage::base_gradient, kBackward, T>);
+      run(truncate_stage_kernel<TruncateStage::base_gradient_sums, kBackward, T>);
+      run(truncate_stage_kernel<TruncateStage::moment_gradients, kBackward, T>);
+      run(truncate_stage_kernel<TruncateStage::moment_gradient_sums, kBackward, T>);
+      run(truncate_stage_kernel<TruncateStage::image_gradient, kBackward, T>);
     } else {
-      run(truncate_stage_kernel<TruncateStage::base, kBackward, T, Stages>);
+      run(truncate_stage_kernel<TruncateStage::base, kBackward, T>);
     }
   }
 }
