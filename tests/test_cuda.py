@@ -327,3 +327,49 @@ def test_patch_swap_repeats_every_bit(dtype: torch.dtype, layout: torch.memory_f
     first = call()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radius", [2, 3, 11], ids=["usual radius", "other radius", "no tiles"])
+def test_small_truncate(radius: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    image = (torch.randn(2, 5, 19, 35, device="cuda") * 0.7).exp().to(dtype).contiguous(memory_format=layout)
+    image.requires_grad_()
+    output, gradient = with_gradients(lambda: hdrops.truncate(image, radius=radius), image)()
+    exact = image.detach().double().requires_grad_()
+    wanted, slope = with_gradients(lambda: hdrops.truncate(exact, radius=radius, backend="reference"), exact)()
+    assert_close(output, wanted, terms=25)
+    assert_close(gradient, slope, terms=(2 * radius + 1) ** 4, name="gradient")
+
+
+def test_truncate_of_more_than_2_to_the_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 << 30:
+        pytest.skip("needs 20 GB of GPU memory")
+    x = torch.full((1, 32, 8192, 8200), 0.5, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[0, -1, -40:, -40:] = 4.0
+    output = hdrops.truncate(x)
+    assert (output[0, -1, -30:, -30:] == 1.0).all()
+    assert (output[0, -1, :100] == 0.5).all()
+    assert (output[0, 0] == 0.5).all()
+
+
+def test_mixed_devices_are_refused_by_the_response_curves() -> None:
+    image, curve, stack = torch.rand(1, 3, 8, 8), torch.rand(256), torch.rand(1, 2, 3, 8, 8)
+    with pytest.raises(ValueError, match="crf_lookup: curve must be on input's device cuda:0, got cpu"):
+        hdrops.crf_lookup(image.cuda(), curve)
+    with pytest.raises(ValueError, match="crf_lookup: curve must be on input's device cpu, got cuda:0"):
+        hdrops.crf_lookup(image, curve.cuda())
+    with pytest.raises(ValueError, match="log_exposures must be on the stack's device cuda:0, got cpu"):
+        hdrops.merge_exposures(stack.cuda(), torch.zeros(1, 2))
+    for grad, input in ((image, image.cuda()), (image.cuda(), image)):
+        with pytest.raises(ValueError, match="truncate: grad_output must be on input's device"):
+            torch.ops.hdrops._truncate_backward(grad, input, 2, 0.01)
+
+
+@pytest.mark.parametrize("name", ["tent_histogram", "value_histogram", "quantize_ste", "truncate"])
+def test_integers_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}: input must be .*int32"):
+        getattr(hdrops, name)(torch.zeros(1, 3, 8, 8, dtype=torch.int32, device="cuda"))
