@@ -88,6 +88,8 @@ class System(nn.Module, ABC):
 
 def check_images(op: str, images: Tensor, frames: int) -> None:
     """Raises unless ``images`` is a float [N, frames, 3, H, W]."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{op}: images must be one tensor [N, {frames}, 3, H, W], got {type(images).__name__}")
     if images.dim() != 5 or images.shape[2] != 3:
         raise ValueError(f"{op}: images must be [N, {frames}, 3, H, W], got shape {list(images.shape)}")
     if images.shape[1] != frames:
