@@ -1,5 +1,7 @@
 """Layers that two systems use."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -11,5 +13,7 @@ class OutputConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        device = input.device.type
+        autocasts = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
             return super().forward(input.to(self.weight.dtype))

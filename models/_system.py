@@ -42,12 +42,20 @@ class System(nn.Module, ABC):
 
         Raises:
             ValueError: an option it does not have, or a value it does not take.
+            TypeError: a value of another type than the option's default.
         """
-        known = [field.name for field in dataclasses.fields(cls.Config)]
-        unknown = sorted(set(config) - set(known))
+        unknown = sorted(set(config) - set(cls.options()))
         if unknown:
-            raise ValueError(f"{cls.name}: unknown option {', '.join(unknown)}; it has {', '.join(known)}")
+            raise ValueError(f"{cls.name}: unknown option {', '.join(unknown)}; it has {', '.join(cls.options())}")
+        for field in dataclasses.fields(cls.Config):
+            if field.name in config:
+                _check_type(cls.name, field, config[field.name])
         return cls(cls.Config(**config))
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of the options that :meth:`build` takes."""
+        return [field.name for field in dataclasses.fields(cls.Config)]
 
     @abstractmethod
     def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Any, ...]:
@@ -84,6 +92,15 @@ class System(nn.Module, ABC):
         See :mod:`hdrops.models.operations` for the rules of counting.
         """
         return measure(self.get_submodule(part), lambda: self.example_inputs(height, width, part))
+
+
+def _check_type(op: str, option: "dataclasses.Field[Any]", value: object) -> None:
+    """Raises if ``value`` is of another type than the option's default; integers pass for floats, lists for tuples."""
+    if option.default is None or option.default is dataclasses.MISSING:
+        return
+    kind = type(option.default)
+    if not isinstance(value, {float: (float, int), tuple: (tuple, list)}.get(kind, kind)):
+        raise TypeError(f"{op}: {option.name} must be of type {kind.__name__}, got {value!r}")
 
 
 def check_images(op: str, images: Tensor, frames: int) -> None:

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hdrops.models._blocks import OutputConv2d
 from hdrops.models._system import System, check_frames, check_images, crop_to, exposure_ratios, pad_to_multiple
-from hdrops.models.complexity import PaperRow
 from hdrops.models.losses import NTIRE_GAMMA, check_same_shape, ntire_tonemap, ntire_white
+from hdrops.models.operations import PaperRow
 
 # The paper's two networks; "standard" is what the configuration's defaults are.
 VARIANTS: dict[str, dict[str, object]] = {
@@ -268,11 +268,16 @@ class EAPNet(System):
         nn.init.constant_(self.head.bias, 0.5)
 
     @classmethod
+    def options(cls) -> list[str]:
+        return ["variant", *super().options()]
+
+    @classmethod
     def build(cls, **config: object) -> System:
-        """The system with ``config`` in place of the defaults of ``variant``, "standard" or "lightweight".
+        """The system with ``config`` in place of the options of ``variant``, "standard" or "lightweight".
 
         Raises:
             ValueError: an option it does not have, or a value it does not take.
+            TypeError: a value of another type than the option's default.
         """
         variant = config.pop("variant", "standard")
         if variant not in VARIANTS:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hdrops.models._blocks import OutputConv2d
 from hdrops.models._system import System, check_frames, check_images, crop_to, exposure_ratios, pad_to_multiple
-from hdrops.models.complexity import PaperRow
 from hdrops.models.losses import mu_law_l1
+from hdrops.models.operations import PaperRow
 from hdrops.nn import DeformConv2d, GlobalContextBlock, ModulatedDeformConv2d
 
 GAMMA = 2.2

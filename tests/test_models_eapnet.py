@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hdrops import io, models
-from hdrops.models.complexity import PaperRow
 from hdrops.models.eapnet import EMA, VARIANTS, Alignment, EAPNet
+from hdrops.models.operations import PaperRow
 
 SMALL = {"channels": 8, "restoration_channels": 12, "growth": 4}
 
@@ -255,7 +255,7 @@ def test_bad_input_is_told_what_was_expected() -> None:
         ({"align": "quarter"}, "align must be one of full, half, none, got 'quarter'"),
         ({"upsampling": "nearest"}, "upsampling must be one of bilinear, transposed, got 'nearest'"),
         ({"blocks": -1}, "blocks must be at least 0, got -1"),
-        ({"block": 1}, "unknown option block; it has blocks"),
+        ({"block": 1}, "unknown option block; it has variant, blocks"),
     ):
         with pytest.raises(ValueError, match=words):
             models.create("eapnet", **options)

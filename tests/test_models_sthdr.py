@@ -93,6 +93,11 @@ def test_the_datasets_size_is_kept() -> None:
     assert [tuple(image.shape[2:]) for image in images] == [(1000, 1500), (500, 750), (250, 375)]
 
 
+def test_it_runs_on_the_meta_device_which_has_no_autocast() -> None:
+    with torch.device("meta"):
+        assert small("ss")(*random_frames()).images[0].is_meta
+
+
 def test_padding_mirrors_the_frames() -> None:
     model, frames = away_from_zero(small()), random_frames(37, 50)
     padded = [F.pad(frame, (0, 14, 0, 11), mode="reflect") for frame in frames]
