@@ -308,11 +308,6 @@ HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uin
   }
 }
 
-template <class A>
-HDROPS_HD vec<A, 8> join(vec<A, 4> low, vec<A, 4> high) {
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-}
-
 // Codes that are summed side by side.
 template <class A>
 #if defined(HDROPS_HAVE_AVX512)
@@ -382,8 +377,8 @@ HDROPS_HD void accumulate_group(const MergeParams<A>& p, const MergeStream<uint8
   } else {
     for (int64_t j = 0; j < p.frames; ++j) add_frame_of_codes<8, kChannel, kShares>(p, s, ws, j, i, sums);
   }
-  auto terms02 = join<A>(sums[0].terms, sums[2].terms), terms13 = join<A>(sums[1].terms, sums[3].terms);
-  auto timed02 = join<A>(sums[0].timed, sums[2].timed), timed13 = join<A>(sums[1].timed, sums[3].timed);
+  auto terms02 = join<A, 4>(sums[0].terms, sums[2].terms), terms13 = join<A, 4>(sums[1].terms, sums[3].terms);
+  auto timed02 = join<A, 4>(sums[0].timed, sums[2].timed), timed13 = join<A, 4>(sums[1].timed, sums[3].timed);
   store<8>(ws.weight_sum + i, __builtin_shufflevector(terms02, terms13, 0, 2, 8, 10, 4, 6, 12, 14));
   store<8>(ws.value_sum + i, __builtin_shufflevector(terms02, terms13, 1, 3, 9, 11, 5, 7, 13, 15) -
                                  __builtin_shufflevector(timed02, timed13, 0, 2, 8, 10, 4, 6, 12, 14));
