@@ -1,11 +1,11 @@
 """Ghost-free brackets: what moved between the frames of a bracket is found, and replaced or left out.
 
-One frame is the reference: moving things stay where it shows them. The other frames follow by distance in exposure. Each
-is compared with what is known so far (``disagreement.py``): the reference's readings where it is well exposed, and where
-it is clipped or black those of the frames already done. Where a frame contradicts it, the frame's own content is sought
-nearby by patch matching (``transfer.py``): the moving thing where that frame saw it, or, where the reference is clipped
-and so says little, what fits the surroundings. What is found is put in if it agrees with the reference; else the frame
-does not count there.
+One frame is the reference: moving things stay where it shows them. The other frames follow by distance in exposure.
+Each is compared with what is known so far (``disagreement.py``): the reference's readings where it is well exposed, and
+where it is clipped or black those of the frames already done. Where a frame contradicts it, the frame's own content is
+sought nearby by patch matching (``transfer.py``): the moving thing where that frame saw it, or, where the reference is
+clipped and so says little, what fits the surroundings. What is found is put in if it agrees with the reference; else
+the frame does not count there.
 
 Everything but the moving of pixels is done at a resolution of at most about a million pixels.
 """
@@ -23,7 +23,7 @@ from hdrops.camera.disagreement import (
     LEAST_READING,
     MOST_READING,
     Bounds,
-    black_reading,
+    black_exposure,
     bounds_at,
     box,
     excess,
@@ -43,6 +43,8 @@ _SITES = 1 << 20
 _SAMPLES = 1 << 15
 # A well exposed pixel, when the reference is chosen: the exposure it stands for, as a share of the largest.
 _WELL_EXPOSED = (0.01, 0.9)
+# Frames within this share of the best exposed one are as good; the middle one of them is taken.
+_AS_GOOD = 0.1
 # A channel that got less than this share of the brightest one's exposure tells nothing.
 _LEAST_CHANNEL = 0.07
 # Content found agrees where its gaps are within so many tolerances (where the reference is clipped,
@@ -88,8 +90,8 @@ def deghost(
         stack: registered frames [N, P, C, H, W], P >= 1, in any order: uint8, uint16, or floating point in [0, 1].
         log_exposures: [P] or [N|1, P], natural logarithm of seconds.
         curve: inverse response, [L] or [N|1, C|1, L], as for :func:`hdrops.merge_exposures`; None: linear.
-        reference: index of the frame that says where moving things are; None: the one with most well-exposed pixels,
-            the middle one by exposure among equals.
+        reference: index of the frame that says where moving things are; None: the one with most well-exposed pixels;
+            of those within a tenth of the image of it, the one in the middle by exposure.
         mask: bool [N|1, P, 1, H, W], True where a frame's pixel is no data. It stays excluded, and is never a source.
         saturation: the reading at which the camera clips, as a share of the largest.
         inplace: True changes ``stack`` itself and saves a copy.
@@ -117,8 +119,8 @@ def deghost(
         (True, False)
 
     Source: patch-based deghosting against one reference is due to Sen et al., "Robust Patch-Based HDR Reconstruction of
-    Dynamic Scenes", 2012, and Hu et al., "HDR Deghosting: How to Deal with Saturation?", 2013; here the matching is OP-3
-    to OP-5, exact in local windows, and the test for motion that of :mod:`hdrops.camera.disagreement`.
+    Dynamic Scenes", 2012, and Hu et al., "HDR Deghosting: How to Deal with Saturation?", 2013; here the matching is
+    that of :func:`hdrops.patch_match_pyramid`, and the test for motion that of ``hdrops/camera/disagreement.py``.
     """
     _check(stack, log_exposures, curve, reference, mask, saturation)
     stack = stack.detach() if inplace else stack.detach().clone()
@@ -155,36 +157,39 @@ class _Bracket:
     ) -> None:
         self.frames, self.log_times, self.response, self.masked = frames, log_times, response, masked
         self.weight, self.label = weight, label
-        self.scale = next(
-            (s for s in SCALES if frames.shape[-2] * frames.shape[-1] <= _SITES * s * s), max(SCALES)
-        )
-        self.most = MOST_READING * saturation
-        self.least = self._black(LEAST_READING.get(frames.dtype, LEAST_DEEP_READING) * saturation)
+        self.scale = next((s for s in SCALES if frames.shape[-2] * frames.shape[-1] <= _SITES * s * s), max(SCALES))
+        # Log exposures [C, 1, 1] at which frames are clipped and black.
+        ends = torch.tensor([LEAST_READING.get(frames.dtype, LEAST_DEEP_READING), MOST_READING]) * saturation
+        ends = self._log_exposure(ends.to(frames.device).expand(len(response), 1, 2))
+        self.clipped = ends[:, :, 1:]
+        self.black = self._black(ends[:, :, :1])
 
-    def _black(self, least: float) -> Tensor:
-        """The readings [C, 1, 1] below which frames count as black, from samples on a regular grid."""
+    def _black(self, least: Tensor) -> Tensor:
+        """From samples on a regular grid."""
         height, width = self.frames.shape[-2:]
         step = max(1, math.isqrt(height * width // _SAMPLES))
-        readings = torch.stack([_readings(frame[:, ::step, ::step]) for frame in self.frames])
-        exposures = torch.stack([self._log_exposure(reading) for reading in readings])
+        exposures = torch.stack([self._log_exposure(_readings(frame[:, ::step, ::step])) for frame in self.frames])
         if self.masked is not None:
-            readings = readings.masked_fill(self.masked[:, :, ::step, ::step], torch.nan)
-        return black_reading(readings.flatten(2), exposures.flatten(2), self.log_times, least)[:, None, None]
+            exposures = exposures.masked_fill(self.masked[:, :, ::step, ::step], torch.nan)
+        black = black_exposure(exposures.flatten(2), self.log_times, least.flatten(), self.clipped.flatten())
+        return black[:, None, None]
 
     def choose_reference(self) -> int:
-        """The frame with most well-exposed pixels; of equal ones the middle by exposure."""
-        largest = self._log_exposure(torch.full_like(self.least, self.most))
-        low, high = (largest + math.log(share / MOST_READING) for share in _WELL_EXPOSED)
+        """The frame with most well-exposed pixels; of about equal ones the middle by exposure."""
+        low, high = (self.clipped + math.log(share / MOST_READING) for share in _WELL_EXPOSED)
         order = sorted(self.log_times)
         scores = []
-        for frame, log_time in enumerate(self.log_times):
+        for frame in range(len(self.frames)):
             value = self._log_exposure(_readings(self.frames[frame][:, ::4, ::4]))
             well = ((value >= low) & (value <= high)).all(0)
             if self.masked is not None:
                 well &= ~self.masked[frame, 0, ::4, ::4]
-            off_middle = abs(order.index(log_time) - (len(order) - 1) / 2)
-            scores.append((round(float(well.double().mean()), 3), -off_middle, -log_time))
-        return max(range(len(scores)), key=scores.__getitem__)
+            scores.append(float(well.double().mean()))
+
+        def off_middle(frame: int) -> tuple[float, float]:
+            return abs(order.index(self.log_times[frame]) - (len(order) - 1) / 2), self.log_times[frame]
+
+        return min((frame for frame, score in enumerate(scores) if score >= max(scores) - _AS_GOOD), key=off_middle)
 
     def remove_ghosts(self, reference: int) -> None:
         """Frame by frame, the nearest in exposure first."""
@@ -202,7 +207,7 @@ class _Bracket:
         moving = widen(find_motion(excess(bounds, known, spread)), _MARGIN)
         if not bool(moving.any()):
             return known.narrowed(bounds, torch.ones_like(known.exact))
-        least, most = (limit - offset for limit in self._limits(frame))
+        least, most = (limit - self.log_times[frame] - offset for limit in (self.black, self.clipped))
         hole = moving & ~known.exact
         wanted = torch.where(known.exact, known.value, bounds.value)
         wanted = fill_smoothly(wanted, hole).clamp(known.low, known.high).clamp(least, most)
@@ -238,11 +243,10 @@ class _Bracket:
 
     def _bounds(self, frame: int) -> Bounds:
         """What one frame tells of log radiance, at the sites."""
-        mean, least, most = _pooled(self.frames[frame], self.scale)
-        value = self._log_exposure(mean.clamp(self.least, torch.full_like(self.least, self.most)))
-        value = value - self.log_times[frame]
-        low = torch.where(least <= self.least, -torch.inf, value)
-        high = torch.where(most >= self.most, torch.inf, value)
+        mean, least, most = (self._log_exposure(readings) for readings in _pooled(self.frames[frame], self.scale))
+        value = mean.clamp(self.black, self.clipped) - self.log_times[frame]
+        low = torch.where(least <= self.black, -torch.inf, value)
+        high = torch.where(most >= self.clipped, torch.inf, value)
         # A camera's colour processing, and JPEG, set the channels that are much darker than the pixel's brightest.
         exposure = value.exp()
         unreadable = mean.isnan() | (exposure < _LEAST_CHANNEL * exposure.amax(0))
@@ -250,12 +254,6 @@ class _Bracket:
             unreadable = unreadable | self._masked_sites(frame)
         low, high = low.masked_fill(unreadable, -torch.inf), high.masked_fill(unreadable, torch.inf)
         return Bounds(value.nan_to_num(nan=-self.log_times[frame]), low, high)
-
-    def _limits(self, frame: int) -> tuple[Tensor, Tensor]:
-        """Log radiance [C, 1, 1] at which the frame is black and at which it is clipped."""
-        ends = torch.cat((self.least, torch.full_like(self.least, self.most)), -1)
-        black, clipped = (self._log_exposure(ends) - self.log_times[frame]).split(1, dim=-1)
-        return black, clipped
 
     def _log_exposure(self, reading: Tensor) -> Tensor:
         """Of readings [C, H, W]."""

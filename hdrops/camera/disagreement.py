@@ -1,8 +1,8 @@
 """Where two frames of a bracket contradict each other: the test behind :func:`hdrops.camera.deghost`.
 
-A reading tells radiance between two bounds: both are its value where it is well exposed, the upper one is infinite where
-it is clipped, the lower one minus infinity where it is black. Two frames contradict each other where their bounds do
-not meet, and the gap between them, in natural logarithms of radiance, says by how much.
+A reading tells radiance between two bounds: both are its value where it is well exposed, the upper one is infinite
+where it is clipped, the lower one minus infinity where it is black. Two frames contradict each other where their bounds
+do not meet, and the gap between them, in natural logarithms of radiance, says by how much.
 
 How large a gap is ordinary the frames say themselves: noise, quantisation, JPEG and an imperfect response spread the
 gaps of still pixels, and still pixels are the majority. So the median and the median absolute deviation of the gaps,
@@ -10,6 +10,7 @@ as functions of radiance, are the offset to subtract and the tolerance. Beside e
 matters, the tolerance grows by a share of the edge's height.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ LEAST_READING = {torch.uint8: 0.02}
 LEAST_DEEP_READING = 0.004
 MOST_READING = 0.94
 
-# Dark readings count as black below the code from which on frames agree: within these limits of median and spread, in
-# natural logarithms, about codes that a longer exposure shows with at least the third as its reading.
+# Dark readings count as black below the exposure from which on frames agree: within these limits of median and spread,
+# in natural logarithms, about exposures that a longer frame got with at least the third, as a share of the largest. No
+# more than the fourth is ever black.
 _TRUSTED_OFFSET = 0.2
-_TRUSTED_SPREAD = 0.3
-_TRUSTED_READING = 0.08
-_MOST_BLACK = 0.2
+_TRUSTED_SPREAD = 0.6
+_TRUSTED_EXPOSURE = 0.004
+_MOST_BLACK = 0.02
+_STEP = 0.15
 
 # Tolerances, in natural logarithms: a gap of still pixels is at least 4 % and taken as at most 20 %. Exposures are
 # trusted within 50 %; beside that an offset of more than 20 % at some radiance is motion and no error of the response.
@@ -37,7 +40,7 @@ _MOST_TOLERANCE = 0.2
 _MOST_OFFSET = 0.2
 _MOST_EXPOSURE_ERROR = 0.5
 _EDGE_SHARE = 0.1
-# Within two pixels of a clipped or black one: the ends of a response are its least certain parts, and light spills there.
+# Within two pixels of a clipped or black one: the ends of a response are its least certain parts, and light spills.
 _LIMIT_TOLERANCE = 0.1
 # Gaps in tolerances: motion starts where they exceed the first and spreads as far as they exceed the second.
 CERTAIN = 5.0
@@ -106,51 +109,56 @@ def widen(where: Tensor, radius: int) -> Tensor:
     return F.max_pool2d(across, (size, 1), 1, (radius, 0))[0, 0] > 0
 
 
-def black_reading(reading: Tensor, log_exposure: Tensor, log_times: list[float], least: float) -> Tensor:
-    """The reading below which a bracket's frames do not tell radiance: [C].
+def black_exposure(log_exposure: Tensor, log_times: list[float], least: Tensor, most: Tensor) -> Tensor:
+    """The log exposure below which a bracket's frames do not tell radiance: [C].
 
-    Dark codes are where a recovered response is least certain, and where scanners and raw converters put a pedestal. The
-    code from which on the frames agree with longer exposures of the same pixels is found by going down from
+    Dark codes are where a recovered response is least certain, and where scanners and raw converters put a pedestal.
+    The exposure from which on the frames agree with longer ones of the same pixels is found by going down from
     ``_MOST_BLACK`` until they do not.
 
     Args:
-        reading: samples [P, C, S] in [0, 1]; NaN does not count.
-        log_exposure: of these.
+        log_exposure: samples [P, C, S]; NaN does not count.
         log_times: P logarithms of exposure times.
-        least: the lowest answer, of readings that agree all the way down; also where there is nothing to compare.
+        least: [C], the lowest answer, of frames that agree all the way down; also where there is nothing to compare.
+        most: [C], log exposure at which the frames clip.
     """
-    channels = reading.shape[1]
-    steps = round(_MOST_BLACK * 255 / 2)
+    channels = log_exposure.shape[1]
+    start = torch.maximum(most + math.log(_MOST_BLACK), least)
     seen: list[list[Tensor]] = [[] for _ in range(channels)]
     for short, short_time in enumerate(log_times):
         for long, long_time in enumerate(log_times):
             if not 0.1 < long_time - short_time < 3:
                 continue
             difference = (log_exposure[short] - short_time) - (log_exposure[long] - long_time)
-            both = (reading[long] >= _TRUSTED_READING) & (reading[long] <= MOST_READING)
-            middling = both & (reading[short] > _MOST_BLACK)
             for channel in range(channels):
-                if int(middling[channel].sum()) < _LEAST_IN_BIN:
+                end, below = most[channel], start[channel] - log_exposure[short, channel]
+                both = log_exposure[long, channel] >= end + math.log(_TRUSTED_EXPOSURE)
+                both &= log_exposure[long, channel] < end
+                middling = difference[channel][both & (below < 0)]
+                if len(middling) < _LEAST_IN_BIN:
                     continue
-                error = difference[channel][middling[channel]].median()
-                dark = both[channel] & (reading[short, channel] <= _MOST_BLACK)
-                step = (reading[short, channel][dark] / _MOST_BLACK * steps).long().clamp(0, steps - 1)
-                seen[channel].append(torch.stack((step.to(difference.dtype), difference[channel][dark] - error)))
-    black = [least if not pairs else _first_trusted(torch.cat(pairs, 1), steps, least) for pairs in seen]
-    return torch.tensor(black, dtype=torch.float32, device=reading.device)
+                dark = both & (below >= 0)
+                step = (below[dark] / _STEP).floor()
+                seen[channel].append(torch.stack((step, difference[channel][dark] - middling.median())))
+    for channel, pairs in enumerate(seen):
+        steps = int((start[channel] - least[channel]) / _STEP) + 1
+        trusted = _trusted_steps(torch.cat(pairs, 1), steps) if pairs else steps
+        start[channel] = torch.maximum(start[channel] - trusted * _STEP, least[channel])
+    return start
 
 
-def _first_trusted(pairs: Tensor, steps: int, least: float) -> float:
-    """Where a walk down ends, over pairs [2, n] of the step of a dark reading and its difference to a longer frame's."""
+def _trusted_steps(pairs: Tensor, steps: int) -> int:
+    """How many steps down frames agree, from pairs [2, n] of step and difference to a longer frame."""
+    pairs = pairs[:, pairs[0] < steps]
     step, difference = pairs[0].long(), pairs[1]
     groups = difference[step.argsort()].split(torch.bincount(step, minlength=steps).tolist())
-    trusted = steps
-    while trusted > 0 and len(groups[trusted - 1]) >= _LEAST_IN_BIN:
-        middle, spread = _spread(groups[trusted - 1])
+    for trusted, group in enumerate(groups):
+        if len(group) < _LEAST_IN_BIN:
+            return trusted
+        middle, spread = _spread(group)
         if abs(middle) > _TRUSTED_OFFSET or spread > _TRUSTED_SPREAD:
-            break
-        trusted -= 1
-    return max(least, trusted * _MOST_BLACK / steps)
+            return trusted
+    return steps
 
 
 def _spread(values: Tensor) -> tuple[float, float]:

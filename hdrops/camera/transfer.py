@@ -1,9 +1,9 @@
-"""Content of one frame at the places where another shows it, found by patch matching: what :func:`hdrops.camera.deghost`
-puts where a frame contradicts its reference.
+"""Content of one frame at the places where another shows it, found by patch matching: what
+:func:`hdrops.camera.deghost` puts where a frame contradicts its reference.
 
 Both frames come as log radiance, so exposure is gone already. What is matched are features of it: detail over its local
-contrast, its gradients, colour ratios and, weaker, radiance itself. The detail is divided by the contrast around it plus
-a floor, so that dim texture counts like bright texture and noise does not become texture.
+contrast, its gradients, colour ratios and, weaker, radiance itself. The detail is divided by the contrast around it
+plus a floor, so that dim texture counts like bright texture and noise does not become texture.
 """
 
 import torch
