@@ -451,3 +451,10 @@ def test_merge_takes_the_mask_it_is_given():
     done = _merge_command.merge(bracket, None, weight="hat", mask=weight, device=torch.device("cpu"))
     assert np.allclose(done[7:20], frames[0, 7:20], rtol=1e-5)
     assert not np.allclose(done[20:], frames[0, 20:], rtol=1e-2)
+
+
+def test_the_docstrings_example():
+    import doctest
+    import sys
+
+    assert doctest.testmod(sys.modules["hdrops.camera.deghost"]) == (0, 9)
