@@ -4,9 +4,10 @@
     python -m benches.deghost --pictures docs/images       # and pictures of the first: before, after, what was replaced
     python -m benches.deghost A.JPG B.JPG C.JPG -o x.png   # photographs, times from EXIF: the three merges side by side
 
-Every contender recovers the response from the frames it merges. PSNR-mu (mu = 5000) is taken over the truth's maximum;
-each result is scaled by the median of its ratio to the truth where nothing moves, channel by channel. "no motion" is the
-plain merge of the same scene standing still: what noise, clipping and the recovered response leave.
+Every contender recovers the response from the frames it merges; --deghost then once more from what did not move.
+PSNR-mu (mu = 5000) is taken over the truth's maximum; each result is scaled by the median of its ratio to the truth
+where nothing moves, channel by channel. "no motion" is the plain merge of the same scene standing still:
+what noise, clipping and the recovered response leave.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def plain(frames: Pixels, times: list[float]) -> Pixels:
 def without_ghosts(frames: Pixels, times: list[float]) -> tuple[Pixels, Pixels]:
     """That of `hdrops merge --deghost`; and its map of what was replaced, one frame's below the other's."""
     stack, log_times, curve = prepared(frames, times)
+    curve = estimate_crf(stack, log_times, mask=(deghost(stack, log_times, curve).label != 0)[:, :, None])
     found = deghost(stack, log_times, curve)
     (reference,) = found.reference
     labels = [found.label[0, frame].numpy() for frame in np.argsort(times) if frame != reference]
@@ -107,9 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="*", help="photographs with EXIF times")
     parser.add_argument("-o", "--output", default="deghost.png", help="their picture: plain, OpenCV, --deghost")
-    parser.add_argument(
-        "--pictures", type=Path, help="folder for deghost_before, _after and _map.jpg of the first scene"
-    )
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of the first scene")
     args = parser.parse_args()
     if args.images:
         frames = np.stack([read_image(path) for path in args.images])

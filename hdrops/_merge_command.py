@@ -5,6 +5,7 @@ response curve (with a linear response: where it would just clip). Times scaled 
 """
 
 import argparse
+import dataclasses
 import logging
 import math
 import os
@@ -35,6 +36,10 @@ from hdrops.io import PICTURE_SUFFIXES, RADIANCE_SUFFIXES, InputError, Outputs, 
 
 # Pixels merged at a time: bounds the memory beside input and output, and is plenty for all threads.
 _TILE = 1 << 18
+# With --deghost the response is recovered once more without what moved, from about so many pixels of each frame, unless
+# all but this share of one moved.
+_RECOVERY_PIXELS = 1 << 18
+_LEAST_STILL = 0.1
 
 _log = logging.getLogger("hdrops")
 
@@ -66,17 +71,19 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--reference {args.reference}: must be the number of a frame, 1..{len(bracket.paths)}")
         method = method or ("linear" if bracket.linear else "debevec")
         curve = stored if method == "file" else None if method == "linear" else recover(bracket, method, args)
+        maps: list[Map] = []
+        still, report = bracket.mask, None
+        if args.deghost:
+            if method in METHODS:
+                curve = _recover_from_still(bracket, curve, method, args)
+            ghosts = _deghost(bracket, curve, args, inplace=True)
+            still, report = ghosts.weight, _replaced(bracket, ghosts)
+            maps = _maps(bracket, ghosts) if "plot" in temporary else []
+            del ghosts
         if "response" in temporary:
             if curve is None:
                 raise InputError(f"{args.save_response}: no response to save; it is linear")
             save_response(temporary["response"], curve)
-        maps: list[Map] = []
-        still, report = bracket.mask, None
-        if args.deghost:
-            ghosts = _deghost(bracket, curve, args)
-            still, report = ghosts.weight, _replaced(bracket, ghosts)
-            maps = _maps(bracket, ghosts) if "plot" in temporary else []
-            del ghosts
         if "plot" in temporary:
             shown = torch.linspace(0, 2, 256).expand(1, 1, -1) if curve is None else curve
             plot_response(temporary["plot"], shown, f"{method} response", maps)
@@ -133,8 +140,8 @@ def dynamic_range(radiance: Pixels) -> float:
     return float(np.log2(high / low))
 
 
-def _deghost(bracket: Bracket, curve: Tensor | None, args: argparse.Namespace) -> Deghosted:
-    """Changes the bracket's frames in place; see :func:`hdrops.camera.deghost`."""
+def _deghost(bracket: Bracket, curve: Tensor | None, args: argparse.Namespace, *, inplace: bool) -> Deghosted:
+    """See :func:`hdrops.camera.deghost`."""
     return deghost(
         bracket.stack,
         bracket.log_exposures,
@@ -142,8 +149,23 @@ def _deghost(bracket: Bracket, curve: Tensor | None, args: argparse.Namespace) -
         reference=None if args.reference is None else args.reference - 1,
         mask=bracket.mask,
         saturation=1.0 if args.saturation is None else args.saturation / largest_code(bracket),
-        inplace=True,
+        inplace=inplace,
     )
+
+
+def _recover_from_still(bracket: Bracket, curve: Tensor | None, method: str, args: argparse.Namespace) -> Tensor | None:
+    """The response from what does not move: pixels that show different things in each frame mislead its recovery."""
+    step = math.isqrt((bracket.frames[0, ..., 0].size - 1) // _RECOVERY_PIXELS) + 1
+    frames = np.ascontiguousarray(bracket.frames[:, ::step, ::step])
+    excluded = None if bracket.excluded is None else np.ascontiguousarray(bracket.excluded[:, ::step, ::step])
+    few = dataclasses.replace(bracket, frames=frames, excluded=excluded)
+    moved = (_deghost(few, curve, args, inplace=False).label[0] != 0).numpy()
+    if not moved.any():
+        return curve
+    if moved.mean((1, 2)).max() > 1 - _LEAST_STILL:
+        _log.warning("nearly all of a frame seems to have moved: the response is recovered from moving things too")
+        return curve
+    return recover(dataclasses.replace(few, excluded=moved if excluded is None else excluded | moved), method, args)
 
 
 def _shares(ghosts: Deghosted, frame: int) -> str:

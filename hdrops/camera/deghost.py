@@ -115,7 +115,7 @@ def deghost(
         >>> frames = (scene * times.view(1, 3, 1, 1, 1)).clamp(0, 1)
         >>> result = hdrops.camera.deghost(frames, times.log(), reference=1)
         >>> radiance = hdrops.merge_exposures(result.stack, times.log()[None], mask=result.weight)
-        >>> result.label[0, 2, 20, 18].item() > 0, result.label[0, :2].any().item()
+        >>> result.label[0, 2, 20, 18].item() > 0, bool(result.label[0, :2].any())
         (True, False)
 
     Source: patch-based deghosting against one reference is due to Sen et al., "Robust Patch-Based HDR Reconstruction of
