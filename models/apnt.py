@@ -218,8 +218,10 @@ class TextureMatching(nn.Module):
             level = level.clamp_max(1)
         if self.config.vgg_curve == "mu":
             level = mu_law(level, self.config.mu)
+        # Channels last goes on to the features, of which matching then needs no copy.
+        level = level.to(next(self.vgg.parameters()).dtype, memory_format=torch.channels_last)
         with torch.no_grad():
-            found: list[Tensor] = self.vgg(imagenet_normalize(level.to(next(self.vgg.parameters()).dtype)))
+            found: list[Tensor] = self.vgg(imagenet_normalize(level))
         return found
 
     def match(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
@@ -324,15 +326,9 @@ class APNTFusion(System):
         level = self.config.saturation**self.config.gamma
         white = level / times.to(radiance)[..., 1].reshape(-1, 1, 1, 1)
 
-        short, middle, long = self._extract(codes, radiance)
-        motion_short, motion_long = _logits(self.motion_short, short, middle), _logits(self.motion_long, long, middle)
-        fused = torch.cat((middle, _gated(short, motion_short), _gated(long, motion_long)), 1)
+        fused, encoded = self._streams(codes, radiance, white)
         saturation = self.saturation(self._saturated(radiance[:, 1], white)).sigmoid()
-        if self.matching is None:
-            encoded = self.encoder(middle)
-        else:
-            encoded = self._transfer(radiance, white, self._clues(radiance[:, 0], white, short, motion_short), middle)
-        merged = self._blend(encoded, saturation, fused)
+        merged = self.merge(self._blended(encoded, saturation, fused))
         kept = radiance[:, 1] * (1 - self.reweight(saturation).sigmoid())
         output = kept + merged.sigmoid() if self.config.sigmoid == "merge" else (kept + merged).sigmoid()
         return crop_to(output, size)
@@ -377,10 +373,17 @@ class APNTFusion(System):
                 f"shape {list(times.shape)} (images shape {list(images.shape)})"
             )
 
-    def _extract(self, codes: Tensor, radiance: Tensor) -> list[Tensor]:
-        """F_s, F_m and F_l."""
+    def _streams(self, codes: Tensor, radiance: Tensor, white: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The two streams: F_mef, Eq. 4, and F_swp, fine to coarse; without transfer Phi(F_m) instead."""
         seen = radiance if self.config.inputs == "radiance" else torch.cat((codes.to(radiance), radiance), 2)
-        return [F.leaky_relu(self.extract(x), _SLOPE) for x in seen.to(self.extract.weight.dtype).unbind(1)]
+        frames = seen.to(self.extract.weight.dtype).unbind(1)
+        short, middle, long = (F.leaky_relu(self.extract(frame), _SLOPE) for frame in frames)
+        motion_short, motion_long = _logits(self.motion_short, short, middle), _logits(self.motion_long, long, middle)
+        fused = torch.cat((middle, _gated(short, motion_short), _gated(long, motion_long)), 1)
+        if self.matching is None:
+            return fused, self.encoder(middle)
+        clues = self._clues(radiance[:, 0], white, short, motion_short)
+        return fused, self._transfer(radiance, white, clues, middle)
 
     def _saturated(self, radiance: Tensor, white: Tensor) -> Tensor:
         """The mask [N, 1, H, W] of pixels that the middle exposure clips in at least one channel, as 0 and 1."""
@@ -413,8 +416,8 @@ class APNTFusion(System):
             swapped = [torch.where(*choice) for choice in zip(masks, swapped, targets, strict=True)]
         return swapped
 
-    def _blend(self, encoded: Sequence[Tensor], saturation: Tensor, fused: Tensor) -> Tensor:
-        """N_mef's output before the sigmoid, Eq. 10 to 13."""
+    def _blended(self, encoded: Sequence[Tensor], saturation: Tensor, fused: Tensor) -> Tensor:
+        """What N_mef sees, Eq. 10 to 13."""
         fine, half, quarter = self.decoder(encoded)
         half, quarter = self.enlarge1(half), self.enlarge2(quarter)
         blended = (
@@ -422,8 +425,7 @@ class APNTFusion(System):
             _gated(half, _logits(self.scale1, quarter, half)),
             _gated(fine, _logits(self.scale0, half, fine)),
         )
-        merged: Tensor = self.merge(torch.cat((*blended, fused), 1))
-        return merged
+        return torch.cat((*blended, fused), 1)
 
 
 def _two_convs(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
