@@ -25,7 +25,7 @@ CXX_FILES := $(shell find csrc tests/emu -name '*.cpp' -o -name '*.h' -o -name '
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
 ASAN := build/asan
 
-.PHONY: help machine build demo test lint format bench test-asan peers peers-environment cuda cuda-toolkit gpu wheel clean distclean
+.PHONY: help machine build demo test lint format bench bench-models test-asan peers peers-environment cuda cuda-toolkit gpu wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make cuda       compile the CUDA library for all architectures, without a GPU, and check it'
 	@echo 'make gpu        on a machine with a GPU: build, test, sanitize and measure with the torch of $$(PYTHON)'
 	@echo 'make bench      the benchmarks against torchvision, ONNX Runtime and OpenCV, in that environment too'
+	@echo 'make bench-models  whole systems with the kernels and without'
 	@echo 'make lint       ruff, mypy and clang-format; make format applies the formats'
 	@echo 'make build      build and install into $(VENV) in place'
 	@echo 'make wheel      wheel and source distribution in dist/'
@@ -49,6 +50,10 @@ test: build
 
 bench: peers-environment
 	$(PEERS_BIN)/python -m benches $(ARGS)
+	$(PEERS_BIN)/python -m benches.memory
+
+bench-models: peers-environment
+	$(PEERS_BIN)/python -m benches.models $(ARGS)
 
 build: hdrops/_C.so $(VENV)/installed
 

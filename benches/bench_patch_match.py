@@ -29,13 +29,14 @@ def shift_multiply_box(query: Tensor, key: Tensor, radius: int) -> tuple[Tensor,
     return index[:, 0], best[:, 0]
 
 
-def unfold_gather_fold(source: Tensor, index: Tensor) -> Tensor:
+def unfold_gather_fold(source: Tensor, index: Tensor, scale: int = 1) -> Tensor:
     """Patch swap as TTSR writes it, divided by the overlap."""
-    size, sites = index.shape[1:], index.flatten(1).unsqueeze(1)
+    size, sites = [scale * length for length in index.shape[1:]], index.flatten(1).unsqueeze(1)
 
     def swap(tensor: Tensor) -> Tensor:
-        patches = F.unfold(tensor, 3, padding=1)
-        return F.fold(patches.gather(2, sites.expand(-1, patches.shape[1], -1)), size, 3, padding=1)
+        patches = F.unfold(tensor, 3 * scale, padding=scale, stride=scale)
+        chosen = patches.gather(2, sites.expand(-1, patches.shape[1], -1))
+        return F.fold(chosen, size, 3 * scale, padding=scale, stride=scale)
 
     with torch.no_grad():
         count = swap(torch.ones_like(source[:, :1]))
@@ -88,16 +89,19 @@ def score_gradients(channels: int, size: int, radius: int) -> Contenders:
     return {"hdrops": run}
 
 
+def nearby(height: int, width: int, radius: int = 10) -> Tensor:
+    """Matches of a window, [1, height, width]."""
+    shift = torch.randint(-radius, radius + 1, (2, height, width), generator=torch.Generator().manual_seed(1))
+    y = (torch.arange(height)[:, None] + shift[0]).clamp(0, height - 1)
+    x = (torch.arange(width) + shift[1]).clamp(0, width - 1)
+    return (y * width + x).unsqueeze(0)
+
+
 def swapping(channels: int, size: int, local: bool) -> Contenders:
     """Forward and backward, with matches of a window of radius 10, or anywhere."""
     source = features(channels, size)[0]
-    generator = torch.Generator().manual_seed(1)
-    index = torch.randint(0, size * size, (1, size, size), generator=generator)
-    if local:
-        shift = torch.randint(-10, 11, (2, size, size), generator=generator)
-        place = torch.arange(size)
-        y, x = (place[:, None] + shift[0]).clamp(0, size - 1), (place + shift[1]).clamp(0, size - 1)
-        index = (y * size + x).unsqueeze(0)
+    anywhere = torch.randint(0, size * size, (1, size, size), generator=torch.Generator().manual_seed(1))
+    index = nearby(size, size) if local else anywhere
     torch.testing.assert_close(hdrops.patch_swap(source, index), unfold_gather_fold(source, index))
     grad = torch.randn_like(source)
 

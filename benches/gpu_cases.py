@@ -16,6 +16,7 @@ import hdrops
 from benches.bench_crf import bracket, gather_lerp, with_gradients, without_gradients
 from benches.bench_deform_conv2d import SHAPES as CPU_SHAPES
 from benches.bench_deform_conv2d import backward_of, channels_last, dense, forward_of, make
+from benches.bench_patch_match import nearby, unfold_gather_fold
 from benches.registry import Contenders, optional
 from hdrops.reference.deform_conv2d import deform_conv2d as plain_deform_conv2d
 
@@ -186,6 +187,33 @@ def histograms(name: str, backward: bool) -> Contenders:
     }
 
 
+def swapping(size: tuple[int, int], scale: int, dtype: torch.dtype, backward: bool) -> Contenders:
+    """Patch swap of 64 channels, with matches of a window."""
+    index = nearby(*size).cuda()
+    source = torch.randn(1, 64, scale * size[0], scale * size[1], device="cuda").to(dtype)
+    wrap = with_gradients if backward else without_gradients
+
+    def swap(tensor: Tensor) -> Tensor:
+        return hdrops.patch_swap(tensor, index, scale=scale)
+
+    return {
+        "hdrops": wrap(swap, source),
+        "hdrops channels_last": wrap(swap, source.contiguous(memory_format=torch.channels_last)),
+        "unfold-gather-fold": wrap(lambda tensor: unfold_gather_fold(tensor, index, scale), source),
+    }
+
+
+def swap_case(size: tuple[int, int], scale: int, dtype: torch.dtype, backward: bool) -> GpuCase:
+    sites = float(size[0] * size[1])
+    passes = 2 if backward else 1
+    return GpuCase(
+        name=f"patch_swap {'forward+backward' if backward else 'forward'} {str(dtype).removeprefix('torch.')} "
+        f"1x64 {size[0]}x{size[1]} scale {scale}",
+        build=lambda: swapping(size, scale, dtype, backward),
+        bytes=passes * sites * (2 * 64 * scale**2 * dtype.itemsize + 8),
+    )
+
+
 MEGA = 3.0 * 1080 * 1920
 L1, L4 = (1, 3, 1080, 1920), (8, 3, 1080, 1920)
 
@@ -211,5 +239,12 @@ CASES = [
     ),
     GpuCase("tent_histogram forward+backward 8x3x256x256", lambda: histograms("tent_histogram", True)),
     GpuCase("truncate forward 8x3x256x256", lambda: histograms("truncate", False), bytes=8.0 * 8 * 3 * 65536),
-    GpuCase("truncate forward+backward 8x3x256x256", lambda: histograms("truncate", True)),
+    GpuCase("truncate forward+backward 8x3x256x256", lambda: histograms("truncate", True), bytes=20.0 * 8 * 3 * 65536),
+    *(
+        swap_case(size, scale, dtype, backward)
+        for size in ((256, 256), (1000, 1500))
+        for scale in (1, 2)
+        for dtype in (torch.float32, torch.bfloat16)
+        for backward in (False, True)
+    ),
 ]

@@ -1,4 +1,4 @@
-"""``python -m hdrops`` is the ``hdrops`` command."""
+"""``python -m hdrops`` is the ``hdrops`` command without the commands of the systems (``hdrops.models.cli``)."""
 
 import sys
 

@@ -148,7 +148,7 @@ def _read_frames(paths: Sequence[Path], progress: Progress[int]) -> Pixels:
     for index in progress(range(len(paths)), "reading"):
         path, pixels = paths[index], read_image(paths[index])
         if pixels.dtype == np.float32:
-            _check_float(path, pixels)
+            check_float(path, pixels)
         if frames is None:
             frames = np.empty((len(paths), *pixels.shape), pixels.dtype)
         if pixels.shape != frames.shape[1:]:
@@ -166,8 +166,8 @@ def _read_frames(paths: Sequence[Path], progress: Progress[int]) -> Pixels:
     return frames
 
 
-def _check_float(path: Path, pixels: Pixels) -> None:
-    """Float frames are readings in [0, 1], 1 the clipped sensor."""
+def check_float(path: Path, pixels: Pixels) -> None:
+    """Raises unless a float frame holds readings in [0, 1], 1 the clipped sensor."""
     bad = int((~np.isfinite(pixels)).sum())
     if bad:
         raise InputError(f"{path}: has {bad} values that are NaN or infinite")

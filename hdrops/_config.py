@@ -34,7 +34,7 @@ def config() -> str:
         "_C_cuda": "not there"
         if _load.CUDA_LIBRARY is None
         else f"{_load.CUDA_LIBRARY.name}"
-        + (f", failed to load: {_load.CUDA_ERROR}" if _load.CUDA_ERROR else ", loaded"),
+        + (f", failed to load: {_load.loader_words(_load.CUDA_ERROR)}" if _load.CUDA_ERROR else ", loaded"),
         "CUDA": f"no: {reason}"
         if reason
         else ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),

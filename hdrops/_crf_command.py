@@ -38,8 +38,8 @@ def progress(items: Iterable[T], what: str) -> Iterable[T]:
     return bar
 
 
-def add_bracket_options(parser: argparse.ArgumentParser) -> None:
-    """The images and everything that says how they are to be read."""
+def add_frame_options(parser: argparse.ArgumentParser) -> None:
+    """The images and what says how they were exposed."""
     parser.add_argument(
         "images", nargs="*", metavar="IMG", help="the frames, in any order; with --list they may be left out"
     )
@@ -52,8 +52,13 @@ def add_bracket_options(parser: argparse.ArgumentParser) -> None:
         choices=_exposures.MEANINGS,
         help="what the list's number is: seconds, their inverse or stops (default: by its header or layout)",
     )
-    parser.add_argument("--allow-equal", action="store_true", help="accept several frames of one exposure")
     parser.add_argument("--align", action="store_true", help="shift the frames of a hand-held bracket onto each other")
+
+
+def add_bracket_options(parser: argparse.ArgumentParser) -> None:
+    """The same, and what says which of their pixels count."""
+    add_frame_options(parser)
+    parser.add_argument("--allow-equal", action="store_true", help="accept several frames of one exposure")
     parser.add_argument(
         "--mask-color", metavar="R,G,B", type=_color, help="pixels of this colour are no data in that frame: 0,0,255"
     )

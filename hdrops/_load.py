@@ -19,6 +19,11 @@ def library_path(stem: str) -> Path | None:
     return found[0] if found else None
 
 
+def loader_words(error: BaseException) -> str:
+    """Why a library does not load: torch's own error names the file only, and chains the loader's."""
+    return str(error.__cause__ or error)
+
+
 def _load_cpu() -> Path:
     path = library_path("_C")
     if path is None:
@@ -30,7 +35,8 @@ def _load_cpu() -> Path:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"hdrops: {path.name} does not load with torch {torch.__version__}; hdrops needs torch >= 2.11 ({error})"
+            f"hdrops: {path.name} does not load with torch {torch.__version__}; hdrops needs torch >= 2.11 "
+            f"({loader_words(error)})"
         ) from error
     return path
 
@@ -57,7 +63,10 @@ def cuda_status() -> str | None:
     if CUDA_LIBRARY is None:
         return "hdrops was built without its CUDA library (HDROPS_CUDA=1 pip install --no-build-isolation . builds it)"
     if CUDA_ERROR is not None:
-        return f"{CUDA_LIBRARY.name} failed to load: {CUDA_ERROR}"
+        return (
+            f"{CUDA_LIBRARY.name} failed to load: {loader_words(CUDA_ERROR)} (HDROPS_CUDA=1 pip install "
+            f"--no-build-isolation . builds one for this torch's CUDA {torch.version.cuda})"
+        )
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None

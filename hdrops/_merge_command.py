@@ -42,7 +42,7 @@ _log = logging.getLogger("hdrops")
 def run(args: argparse.Namespace) -> None:
     """Does what ``hdrops merge`` was asked to."""
     start = time.perf_counter()
-    device = _device(args.device)
+    device = device_of(args.device)
     sources = inputs(args)
     method, stored = _response_source(args)
     if stored is not None:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         write_image(temporary["image"], radiance)
         if "preview" in temporary:
             write_image(temporary["preview"], to_display(shrink(radiance), args.tonemap))
-    written = ", ".join(f"{path} ({_size(path)})" for path, _ in targets.values())
+    written = ", ".join(f"{path} ({size_in_words(path)})" for path, _ in targets.values())
     seconds = time.perf_counter() - start
     print(
         f"{radiance.shape[1]} x {radiance.shape[0]}, {frames} frames over {span:.1f} EV, {method} response, "
@@ -139,7 +139,8 @@ def _weight(args: argparse.Namespace, bracket: Bracket) -> str | Tensor:
     return inside if args.weight == "uniform" else 2 * torch.minimum(code, 1 - code).clamp_min(0)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that ``--device`` names, which must be there."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -150,6 +151,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _size(path: str) -> str:
+def size_in_words(path: str) -> str:
+    """The size of a file, as told to people."""
     size = os.path.getsize(path)
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

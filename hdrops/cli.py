@@ -21,19 +21,24 @@ from hdrops.camera.calibration import METHODS
 from hdrops.io import InputError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; ``commands.add_parser`` of :func:`add_commands` takes more."""
+def build_parser(
+    more: "Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None] | None" = None,
+) -> argparse.ArgumentParser:
+    """The parser of all commands; ``more`` adds those of other packages."""
     parser = argparse.ArgumentParser(
         prog="hdrops", description="HDR images from brackets of photographs.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"hdrops {hdrops.__version__}")
-    add_commands(parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_commands(commands)
+    if more is not None:
+        more(commands)
     return parser
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds merge, crf, tonemap, info and bench."""
-    merge = _command(commands, "merge", _merge_command.run, "merge a bracket of photographs into an HDR image")
+    merge = add_command(commands, "merge", _merge_command.run, "merge a bracket of photographs into an HDR image")
     _crf_command.add_bracket_options(merge)
     merge.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="HDR image to write: .exr, .hdr, .tif, .tiff"
@@ -59,7 +64,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="of the preview (default reinhard)",
     )
 
-    crf = _command(commands, "crf", _crf_command.run, "recover a camera's response curve from a bracket")
+    crf = add_command(commands, "crf", _crf_command.run, "recover a camera's response curve from a bracket")
     _crf_command.add_bracket_options(crf)
     crf.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="response to write: .npz, .m (pfstools), .npy (OpenCV)"
@@ -67,16 +72,20 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     crf.add_argument("--method", choices=METHODS, default="debevec", help="default debevec")
     _crf_command.add_recovery_options(crf)
 
-    tonemap = _command(commands, "tonemap", _tonemap_command.run, "make an HDR image a picture for an ordinary display")
+    tonemap = add_command(
+        commands, "tonemap", _tonemap_command.run, "make an HDR image a picture for an ordinary display"
+    )
     tonemap.add_argument("image", metavar="HDR", help="HDR image: .exr, .hdr or float .tif")
     tonemap.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg")
     tonemap.add_argument(
         "--tonemap", choices=tuple(_tonemap_command.OPERATORS), default="reinhard", help="default reinhard"
     )
 
-    _command(commands, "info", lambda _: _config.show_config(), "what hdrops runs on, and why CUDA is or is not there")
+    add_command(
+        commands, "info", lambda _: _config.show_config(), "what hdrops runs on, and why CUDA is or is not there"
+    )
 
-    bench = _command(commands, "bench", _bench_command.run, "time each operator against plain PyTorch")
+    bench = add_command(commands, "bench", _bench_command.run, "time each operator against plain PyTorch")
     _bench_command.add_options(bench)
 
 
@@ -106,12 +115,13 @@ def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.Argumen
     return 0
 
 
-def _command(
+def add_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
     run: Callable[[argparse.Namespace], None],
     purpose: str,
 ) -> argparse.ArgumentParser:
+    """Adds a command with what all have; returns its parser."""
     parser = commands.add_parser(
         name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", allow_abbrev=False
     )

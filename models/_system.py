@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdrops.models.complexity import PaperRow, Report, measure
+from hdrops.models.operations import PaperRow, Report, measure
 
 
 class System(nn.Module, ABC):
@@ -81,7 +81,7 @@ class System(nn.Module, ABC):
     def complexity(self, height: int = 256, width: int = 256, part: str = "") -> Report:
         """Parameters and multiply-adds of one image of that size, of all or of the submodule ``part``.
 
-        See :mod:`hdrops.models.complexity` for the rules of counting.
+        See :mod:`hdrops.models.operations` for the rules of counting.
         """
         return measure(self.get_submodule(part), lambda: self.example_inputs(height, width, part))
 

@@ -61,7 +61,7 @@ from hdrops.models import losses
 from hdrops.models._blocks import ChannelAttentionBlock, start_by_xavier
 from hdrops.models._system import System, check_images, crop_to, pad_to_multiple
 from hdrops.models.backbones import VGG, imagenet_normalize
-from hdrops.models.complexity import PaperRow
+from hdrops.models.operations import PaperRow
 
 # Features that are matched, fine to coarse: of the whole, half and quarter resolution.
 VGG_LAYERS = ("relu1_1", "relu2_1", "relu3_1")

@@ -78,10 +78,12 @@ def curve_call(name: str, dtype: torch.dtype = torch.float32) -> Call:
 
 
 def call_of(name: str) -> Call:
+    if name == "patch_swap":
+        return swap_call(torch.float32, torch.contiguous_format, size=(61, 67))
     return deform_call(SMALL["tile"], torch.float32, "cuda") if name == "deform_conv2d" else curve_call(name)
 
 
-every_operator = pytest.mark.parametrize("name", ["deform_conv2d", *CURVE_OPERATORS])
+every_operator = pytest.mark.parametrize("name", ["deform_conv2d", "patch_swap", *CURVE_OPERATORS])
 
 
 @pytest.fixture
@@ -277,3 +279,97 @@ def test_autocast_follows_the_ambient_dtype(dtype: torch.dtype) -> None:
 
 def test_reports_that_cuda_runs() -> None:
     assert _load.cuda_status() is None
+
+
+def swap_call(dtype: torch.dtype, layout: torch.memory_format, size: tuple[int, int] = (45, 31), **options) -> Call:
+    """Patch swap, with matches anywhere and one that many sites share, whose runs are added up first."""
+    scale = options.get("scale", 1)
+    source = torch.randn(2, 5, scale * 11, scale * 13, device="cuda").to(dtype).contiguous(memory_format=layout)
+    index = torch.randint(-3, 150, (2, *size), device="cuda")
+    index[:, 2 : size[0] // 2] = 70
+    leaf = source.requires_grad_()
+    return with_gradients(lambda: hdrops.patch_swap(leaf, index, **options), leaf)
+
+
+SWAP_LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+SWAP_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.mark.sanitizer
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+@pytest.mark.parametrize("border", ["exclude", "zero"])
+def test_small_patch_swap(border: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for patch_size, scale in ((3, 1), (5, 2)):
+        call = swap_call(dtype, layout, patch_size=patch_size, scale=scale, border=border)
+        assert all(tensor.isfinite().all() for tensor in call())
+
+
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+def test_patch_swap_with_shared_matches_equals_the_reference(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    got = swap_call(dtype, layout, size=(61, 67))()
+    torch.manual_seed(0)
+    source = torch.randn(2, 5, 11, 13, device="cuda").to(dtype).double().requires_grad_()
+    index = torch.randint(-3, 150, (2, 61, 67), device="cuda")
+    index[:, 2:30] = 70
+    wanted = with_gradients(lambda: hdrops.patch_swap(source, index, backend="reference"), source)()
+    assert_close(got[0], wanted[0], terms=9)
+    # A match that 1876 sites share, each of nine taps: the terms of the largest sum.
+    assert_close(got[1], wanted[1], terms=9 * 2000, scale=float(wanted[1].abs().max()))
+
+
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+def test_patch_swap_repeats_every_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    call = swap_call(dtype, layout, size=(201, 203))
+    first = call()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radius", [2, 3, 11], ids=["usual radius", "other radius", "no tiles"])
+def test_small_truncate(radius: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    image = (torch.randn(2, 5, 19, 35, device="cuda") * 0.7).exp().to(dtype).contiguous(memory_format=layout)
+    image.requires_grad_()
+    output, gradient = with_gradients(lambda: hdrops.truncate(image, radius=radius), image)()
+    exact = image.detach().double().requires_grad_()
+    wanted, slope = with_gradients(lambda: hdrops.truncate(exact, radius=radius, backend="reference"), exact)()
+    assert_close(output, wanted, terms=25)
+    assert_close(gradient, slope, terms=(2 * radius + 1) ** 4, name="gradient")
+
+
+def test_truncate_of_more_than_2_to_the_31_elements() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 << 30:
+        pytest.skip("needs 20 GB of GPU memory")
+    x = torch.full((1, 32, 8192, 8200), 0.5, device="cuda", dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[0, -1, -40:, -40:] = 4.0
+    output = hdrops.truncate(x)
+    assert (output[0, -1, -30:, -30:] == 1.0).all()
+    assert (output[0, -1, :100] == 0.5).all()
+    assert (output[0, 0] == 0.5).all()
+
+
+def test_mixed_devices_are_refused_by_the_response_curves() -> None:
+    image, curve, stack = torch.rand(1, 3, 8, 8), torch.rand(256), torch.rand(1, 2, 3, 8, 8)
+    with pytest.raises(ValueError, match="crf_lookup: curve must be on input's device cuda:0, got cpu"):
+        hdrops.crf_lookup(image.cuda(), curve)
+    with pytest.raises(ValueError, match="crf_lookup: curve must be on input's device cpu, got cuda:0"):
+        hdrops.crf_lookup(image, curve.cuda())
+    with pytest.raises(ValueError, match="log_exposures must be on the stack's device cuda:0, got cpu"):
+        hdrops.merge_exposures(stack.cuda(), torch.zeros(1, 2))
+    for grad, input in ((image, image.cuda()), (image.cuda(), image)):
+        with pytest.raises(ValueError, match="truncate: grad_output must be on input's device"):
+            torch.ops.hdrops._truncate_backward(grad, input, 2, 0.01)
+
+
+@pytest.mark.parametrize("name", ["tent_histogram", "value_histogram", "quantize_ste", "truncate"])
+def test_integers_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}: input must be .*int32"):
+        getattr(hdrops, name)(torch.zeros(1, 3, 8, 8, dtype=torch.int32, device="cuda"))

@@ -10,7 +10,7 @@ import hdrops
 from hdrops import models
 from hdrops.models import _system, losses
 from hdrops.models.backbones import VGG, imagenet_normalize, layer_names
-from hdrops.models.complexity import measure
+from hdrops.models.operations import measure
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

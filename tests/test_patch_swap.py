@@ -14,6 +14,10 @@ import hdrops
 from hdrops.reference import patch_match as reference
 from hdrops.testing import assert_close
 
+pytestmark = pytest.mark.device
+
+DEVICE = torch.get_default_device().type
+BACKENDS = ["triton" if DEVICE == "cuda" else DEVICE, "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -25,11 +29,12 @@ def one_thread(threads) -> None:
 
 def features(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE, dtype)
 
 
 def matches(high: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def identity(n: int, height: int, width: int) -> Tensor:
@@ -56,7 +61,7 @@ def assert_equals_reference(source: Tensor, index: Tensor, **options) -> None:
 @pytest.mark.parametrize("border", ["exclude", "zero"])
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("patch", [1, 3, 5])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_swap_written_out(patch: int, scale: int, border: str, backend: str) -> None:
     source, index = features(1, 2, scale * 4, scale * 5), matches(20, 1, 6, 3)
     reach = patch // 2
@@ -187,7 +192,7 @@ def test_ttsr_search_and_transfer(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("border", ["exclude", "zero"])
 @pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str, scale: int, border: str) -> None:
     source, index = features(1, 2, scale * 3, scale * 4).requires_grad_(), matches(12, 1, 4, 3)
 
@@ -228,7 +233,7 @@ def test_an_expanded_gradient() -> None:
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_outside_the_key_are_clamped(backend: str) -> None:
     source, index = features(1, 3, 6, 7), matches(42, 1, 5, 6)
     index[0, 0, 0], index[0, 4, 5] = -3, 10**12
@@ -239,7 +244,7 @@ def test_matches_outside_the_key_are_clamped(backend: str) -> None:
     assert torch.equal(gradient(hdrops.patch_swap, source, index, grad_output), wanted)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_reaches_the_patches_that_hold_it_and_no_others(backend: str) -> None:
     source = torch.zeros(1, 2, 9, 9)
     source[0, 1, 4, 4] = float("nan")
@@ -249,6 +254,7 @@ def test_a_nan_reaches_the_patches_that_hold_it_and_no_others(backend: str) -> N
     assert not hdrops.patch_swap(source, index, backend=backend).isnan().any()
 
 
+@pytest.mark.cpu
 @pytest.mark.asan
 @pytest.mark.parametrize("scale", [1, 4])
 def test_bitwise_equal_for_any_thread_count(scale: int, threads) -> None:
@@ -281,12 +287,12 @@ ERRORS = [
     ({"index": torch.zeros(2, 5, 6)}, TypeError, r"index must be int64, got torch.float32"),
     ({"index": torch.zeros(3, 5, 6).long()}, ValueError, r"index must have the batch 2, got 3 \(index shape"),
     ({"index": torch.zeros(5, 6).long()}, ValueError, r"index must have 3 dimensions \[N, Hq, Wq\], got 2"),
-    ({"index": torch.zeros(2, 5, 6, device="meta").long()}, ValueError, r"must be on source's device cpu, got meta"),
+    ({"index": torch.zeros(2, 5, 6, device="meta").long()}, ValueError, r"must be on source's device \w+.*, got meta"),
     ({"patch_size": 2}, ValueError, r"patch_swap: patch_size must be one of 1, 3, 5, 7, got 2"),
     ({"scale": 3}, ValueError, r"scale must be one of 1, 2, 4, got 3"),
     ({"source": torch.zeros(2, 3, 8, 11), "scale": 2}, ValueError, r"multiples of scale = 2, got shape"),
     ({"border": "wrap"}, ValueError, r"border must be one of exclude, zero, got 'wrap'"),
-    ({"backend": "triton"}, NotImplementedError, r"patch_swap: has no triton backend"),
+    ({"backend": "cuda"}, NotImplementedError, r"patch_swap: has no cuda backend; it has cpu, triton, reference"),
 ]  # fmt: skip
 
 
@@ -296,11 +302,9 @@ def test_error_messages(change: dict, error: type[Exception], message: str) -> N
         hdrops.patch_swap(**{**VALID, **change})
 
 
-@pytest.mark.asan
-def test_direct_calls_of_the_operator_are_safe() -> None:
-    """torch.ops.hdrops without Python's checks."""
-    source, index, op = torch.zeros(1, 3, 8, 12), torch.zeros(1, 5, 6).long(), torch.ops.hdrops.patch_swap.default
-    backward = torch.ops.hdrops._patch_swap_backward.default
+def check_direct_calls(op, backward) -> None:
+    """The operators of torch.ops.hdrops, without Python's checks."""
+    source, index = torch.zeros(1, 3, 8, 12), torch.zeros(1, 5, 6).long()
     for arguments in (
         (source[0], index, 3, 1, "exclude"),
         (source, index[0], 3, 1, "exclude"),
@@ -310,7 +314,7 @@ def test_direct_calls_of_the_operator_are_safe() -> None:
         (source, index, 3, 1, "wrap"),
         (source[:, :, :7], index, 3, 2, "zero"),
     ):
-        with pytest.raises(ValueError, match="patch_swap: "):
+        with pytest.raises((ValueError, TypeError), match="patch_swap: "):
             op(*arguments)
     for size in ([0, 12], [8, 12, 1], [7, 12]):
         with pytest.raises(ValueError, match="patch_swap: "):
@@ -319,6 +323,13 @@ def test_direct_calls_of_the_operator_are_safe() -> None:
         backward(source, index, [8, 12], 3, 2, "zero", False, False)
 
 
+@pytest.mark.cpu
+@pytest.mark.asan
+def test_direct_calls_of_the_operator_are_safe() -> None:
+    check_direct_calls(torch.ops.hdrops.patch_swap.default, torch.ops.hdrops._patch_swap_backward.default)
+
+
+@pytest.mark.cpu
 def test_the_example_runs_as_documented() -> None:
     examples = doctest.DocTestFinder().find(hdrops.patch_swap, "patch_swap", globs={})
     results = [doctest.DocTestRunner().run(example) for example in examples]

@@ -28,6 +28,9 @@ inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   std::ostringstream message;
   message << "hdrops: " << what << " failed: " << cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice) {
+    message << "; the CUDA library was built for other GPUs: build it anew with HDROPS_CUDA_ARCH naming this one";
+  }
   throw std::runtime_error(message.str());
 }
 #endif

@@ -1,61 +1,26 @@
-// CPU binding of truncate: checks, memory layout, output. A channels-last image is used as it is, any other is made
-// contiguous.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// Binds the CPU kernels of truncate (truncate_bindings.h).
 #include <algorithm>
 
-#include "common/dispatch.h"
-#include "common/layout.h"
+#include "crf/truncate_bindings.h"
 #include "crf/truncate_cpu.h"
 
 namespace hdrops {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::stable::Tensor;
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
 
-// The result, or with grad_output the gradient; both in the input's layout.
-Tensor run(const Tensor& input, const Tensor* grad_output, int64_t radius, double eps) {
-  HDROPS_CHECK(input.dim() == 4, "truncate: input must be [N, C, H, W]");
-  HDROPS_CHECK(radius >= 1 && radius < input.size(2) && radius < input.size(3),
-               "truncate: radius must be at least 1 and below height and width, got ", radius);
-  HDROPS_CHECK(eps > 0, "truncate: eps must be above 0, got ", eps);
-  const bool channels_last = is_channels_last(input);
-  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  Tensor output =
-      torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
-  if (output.numel() == 0) return output;
-  const Tensor image = torch::stable::contiguous(input, format);
-  const Tensor grad = grad_output == nullptr ? image : torch::stable::contiguous(*grad_output, format);
-
-  TruncateParams p{};
-  p.planes = channels_last ? input.size(0) : input.size(0) * input.size(1);
-  p.height = input.size(2), p.width = input.size(3), p.step = channels_last ? input.size(1) : 1;
-  p.radius = radius, p.eps = eps;
-  p.rows_per_task = std::max<int64_t>(64, 16 * radius);  // its halo, up to 8 radius rows, is computed twice
-  dispatch_floating(input.scalar_type(), "truncate", [&]<class T>() {
-    truncate_cpu<T>(p, static_cast<const T*>(image.const_data_ptr()),
-                    grad_output == nullptr ? nullptr : static_cast<const T*>(grad.const_data_ptr()),
-                    static_cast<T*>(output.mutable_data_ptr()));
-  });
-  return output;
-}
-
-Tensor truncate_forward(const Tensor& input, int64_t radius, double eps) { return run(input, nullptr, radius, eps); }
-
-Tensor truncate_backward(const Tensor& grad_output, const Tensor& input, int64_t radius, double eps) {
-  bool same = grad_output.dim() == input.dim() && grad_output.scalar_type() == input.scalar_type();
-  for (int64_t dim = 0; same && dim < input.dim(); ++dim) same = grad_output.size(dim) == input.size(dim);
-  HDROPS_CHECK(same, "truncate: grad_output must have the shape and dtype of input");
-  return run(input, &grad_output, radius, eps);
-}
+  template <class T>
+  void run(TruncateParams p, const T* input, const T* grad_output, T* output) {
+    p.rows_per_task = std::max<int64_t>(64, 16 * p.radius);  // its halo, up to 8 radius rows, is computed twice
+    truncate_cpu<T>(p, input, grad_output, output);
+  }
+};
 
 }  // namespace
 }  // namespace hdrops
 
 STABLE_TORCH_LIBRARY_IMPL(hdrops, CPU, m) {
-  m.impl("truncate", TORCH_BOX(&hdrops::truncate_forward));
-  m.impl("_truncate_backward", TORCH_BOX(&hdrops::truncate_backward));
+  m.impl("truncate", TORCH_BOX(&hdrops::truncate_forward<hdrops::Cpu>));
+  m.impl("_truncate_backward", TORCH_BOX(&hdrops::truncate_backward<hdrops::Cpu>));
 }

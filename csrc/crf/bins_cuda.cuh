@@ -14,6 +14,7 @@
 // Shared memory of a block: totals [window, sums] double, then the warps' bins [8, window, sums].
 #pragma once
 #include "crf/runs_cuda.cuh"
+#include "crf/shared_bytes_cuda.h"
 
 namespace hdrops {
 
@@ -144,14 +145,6 @@ struct BinPlan {
     return {int(begin), int(entries - begin < window ? entries - begin : window)};
   }
 };
-
-// Shared memory that a block may ask for, of what a multiprocessor has but for 1 KB that each block costs.
-inline int64_t shared_bytes_per_block() {
-  const int capability = device_compute_capability();
-  if (capability < 80) return 64 << 10;
-  if (capability == 80 || capability == 87) return 163 << 10;
-  return capability >= 90 && capability < 110 ? 227 << 10 : 99 << 10;
-}
 
 inline BinPlan plan_bins(int64_t entries, int sums, size_t sum_bytes, int64_t extra_bytes) {
   const int64_t per_entry = int64_t(sums) * (int64_t(sizeof(double)) + kBinWarps * int64_t(sum_bytes));

@@ -156,56 +156,27 @@ void tent_histogram_backward_cuda(const TentParams& p, void* workspace, cudaStre
 
 // Value histogram
 
-// Where the bins of the channel of pixel i of a run begin among those of its group.
-__device__ __forceinline__ int channel_bins(const ValueHistogramParams& p, int channel, int i) {
-  if (p.layout.width == 1) return 0;
-  const unsigned width = unsigned(p.layout.width);
-  return int((unsigned(channel) + unsigned(i)) % width) * int(p.bins);
-}
-
-__device__ __forceinline__ int next_channel(const ValueHistogramParams& p, int begin) {
-  const int next = begin + int(p.bins);
-  return next < int(p.layout.width * p.bins) ? next : 0;
-}
-
 template <class T>
-struct ValueCounts {
+struct ValueCounts : RunTensors<T, T, false, false> {
+  using Tensors = RunTensors<T, T, false, false>;
   using A = device_acc_t<T>;
-  template <int V>
-  using Item = Vector<T, V>;
 
   const ValueHistogramParams& p;
   BlockBins<A, 1> bins;
-  const T* input = nullptr;
-  int channel = 0;
-  bool aligned = false;
 
   __device__ __forceinline__ ValueCounts(const ValueHistogramParams& params, BinWindow window)
-      : p(params), bins(window, shared_memory<double>()) {
+      : Tensors(params.input, nullptr, nullptr), p(params), bins(window, shared_memory<double>()) {
     bins.clear();
   }
 
-  __device__ __forceinline__ int start(const Run& run) {
-    input = static_cast<const T*>(p.input) + run.offset;
-    channel = int(run.channel);
-    const int head = until_line<T>(run);
-    aligned = is_aligned<T, kRunVector<T>>(input + head);
-    return head;
-  }
-
   template <int V>
-  __device__ __forceinline__ Item<V> load(int i) const {
-    return load_elements<V>(input + i, aligned);
-  }
-
-  template <int V>
-  __device__ __forceinline__ void finish(int i, const Item<V>& pixels, bool valid) {
-    int begin = channel_bins(p, channel, i);
+  __device__ __forceinline__ void finish(int i, const typename Tensors::template Item<V>& item, bool valid) {
+    int begin = this->table_begin(p.layout, p.bins, i);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const A position = bin_position(load_as(pixels.value[k]), p.bins);
+      const A position = bin_position(load_as(item.pixels.value[k]), p.bins);
       bins.add(begin + int(position), {position}, valid);
-      if (p.layout.width > 1) begin = next_channel(p, begin);
+      if (p.layout.width > 1) begin = this->next_table(p.layout, p.bins, begin);
     }
   }
 
@@ -229,21 +200,16 @@ __global__ void value_bins_kernel(ValueHistogramParams p, const double* totals, 
 }
 
 template <bool kShared, class T>
-struct ValueSlopes {
+struct ValueSlopes : RunTensors<T, T, false, true> {
+  using Tensors = RunTensors<T, T, false, true>;
   using A = device_acc_t<T>;
-  template <int V>
-  using Item = Vector<T, V>;
 
   const ValueHistogramParams& p;
   const T* grad;  // of the group's bins
   A* slopes;
-  const T* input = nullptr;
-  T* grad_input = nullptr;
-  int channel = 0;
-  bool aligned = false, aligned_result = false;
 
   __device__ __forceinline__ ValueSlopes(const ValueHistogramParams& params, int64_t group)
-      : p(params), slopes(shared_memory<A>()) {
+      : Tensors(params.input, nullptr, params.grad_input), p(params), slopes(shared_memory<A>()) {
     const int entries = int(p.layout.width * p.bins);
     grad = static_cast<const T*>(p.grad_output) + group * entries;
     if constexpr (kShared) {
@@ -254,38 +220,21 @@ struct ValueSlopes {
 
   __device__ __forceinline__ A slope(int entry, int bin) const { return value_slope(load_as(grad[entry]), bin); }
 
-  __device__ __forceinline__ int start(const Run& run) {
-    input = static_cast<const T*>(p.input) + run.offset;
-    grad_input = static_cast<T*>(p.grad_input) + run.offset;
-    channel = int(run.channel);
-    const int head = until_line<T>(run);
-    aligned = is_aligned<T, kRunVector<T>>(input + head);
-    aligned_result = is_aligned<T, kRunVector<T>>(grad_input + head);
-    return head;
-  }
-
   template <int V>
-  __device__ __forceinline__ Item<V> load(int i) const {
-    return load_elements<V>(input + i, aligned);
-  }
-
-  template <int V>
-  __device__ __forceinline__ void finish(int i, const Item<V>& pixels, bool valid) const {
+  __device__ __forceinline__ void finish(int i, const typename Tensors::template Item<V>& item, bool valid) const {
     if (!valid) return;
     Vector<T, V> result;
-    int begin = channel_bins(p, channel, i);
+    int begin = this->table_begin(p.layout, p.bins, i);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      const A x = load_as(pixels.value[k]);
+      const A x = load_as(item.pixels.value[k]);
       const int bin = int(bin_position(x, p.bins));
       const A rise = kShared ? slopes[begin + bin] : slope(begin + bin, bin);
       result.value[k] = store_as<T>(x >= A(-1) && x <= A(1) ? rise : A(0));
-      if (p.layout.width > 1) begin = next_channel(p, begin);
+      if (p.layout.width > 1) begin = this->next_table(p.layout, p.bins, begin);
     }
-    store_elements<V>(grad_input + i, result, aligned_result);
+    this->store(i, result);
   }
-
-  __device__ __forceinline__ void pause() const {}
 };
 
 template <bool kShared, class T>

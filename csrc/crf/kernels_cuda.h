@@ -7,6 +7,7 @@
 #include "crf/lookup_params.h"
 #include "crf/merge_params.h"
 #include "crf/quantize_params.h"
+#include "crf/truncate_params.h"
 
 namespace hdrops {
 
@@ -35,6 +36,13 @@ template <class T>
 void quantize_ste_cuda(const QuantizeParams& p, cudaStream_t stream);
 template <class T>
 void quantize_ste_backward_cuda(const QuantizeParams& p, cudaStream_t stream);
+
+// The result into `output`, or with `grad_output` (else null) the input's gradient.
+template <class T>
+size_t truncate_workspace_bytes(const TruncateParams& p, bool backward);
+template <class T>
+void truncate_cuda(const TruncateParams& p, const T* input, const T* grad_output, T* output, void* workspace,
+                   cudaStream_t stream);
 
 // What the tables of a merge are given for: log_exposures [exposure_images, P], MergeParams' curve (as given, or null)
 // [curve_images, curve_channels, L].

@@ -24,19 +24,6 @@ __device__ __forceinline__ T curve_entry(const T* curve, int64_t entry) {
   return __ldg(curve + entry);
 }
 
-// Where the curve of pixel i of a run begins in its group's table.
-__device__ __forceinline__ int curve_begin(const LookupParams& p, int channel, int i) {
-  if (p.layout.width == 1) return 0;
-  const unsigned width = unsigned(p.layout.width);
-  return int((unsigned(channel) + unsigned(i)) % width) * int(p.levels);
-}
-
-// The beginning of the next pixel's curve.
-__device__ __forceinline__ int next_curve(const LookupParams& p, int begin) {
-  const int next = begin + int(p.levels);
-  return next < int(p.layout.width * p.levels) ? next : 0;
-}
-
 // The curves of one group [width, levels] as the forward pass reads them.
 template <bool kLinear, bool kShared, class A>
 struct ValueTable {
@@ -93,54 +80,32 @@ __device__ __forceinline__ CurvePosition<A> locate_pixel(In pixel, A last, bool&
 }
 
 template <bool kLinear, bool kShared, class In, class Out>
-struct LookupForward {
+struct LookupForward : RunTensors<In, Out, false, true> {
+  using Tensors = RunTensors<In, Out, false, true>;
   using A = device_acc_t<Out>;
-  template <int V>
-  using Item = Vector<In, V>;
 
   const LookupParams& p;
   ValueTable<kLinear, kShared, A> table;
-  const In* input = nullptr;
-  Out* output = nullptr;
-  int channel = 0;
-  bool aligned = false, aligned_output = false;
 
   __device__ __forceinline__ LookupForward(const LookupParams& params, int64_t group)
-      : p(params), table(params, group) {}
-
-  __device__ __forceinline__ int start(const Run& run) {
-    input = static_cast<const In*>(p.input) + run.offset;
-    output = static_cast<Out*>(p.output) + run.offset;
-    channel = int(run.channel);
-    const int head = until_line<Out>(run);
-    aligned = is_aligned<In, kRunVector<In, Out>>(input + head);
-    aligned_output = is_aligned<Out, kRunVector<In, Out>>(output + head);
-    return head;
-  }
+      : Tensors(params.input, nullptr, params.output), p(params), table(params, group) {}
 
   template <int V>
-  __device__ __forceinline__ Item<V> load(int i) const {
-    return load_elements<V>(input + i, aligned);
-  }
-
-  template <int V>
-  __device__ __forceinline__ void finish(int i, const Item<V>& pixels, bool valid) const {
+  __device__ __forceinline__ void finish(int i, const typename Tensors::template Item<V>& item, bool valid) const {
     if (!valid) return;
     const A last = A(p.levels - 1);
     Vector<Out, V> result;
-    int begin = curve_begin(p, channel, i);
+    int begin = this->table_begin(p.layout, p.levels, i);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       bool number;
-      const auto position = locate_pixel<kLinear>(pixels.value[k], last, number);
+      const auto position = locate_pixel<kLinear>(item.pixels.value[k], last, number);
       const A value = table.at(position, begin);
       result.value[k] = store_as<Out>(number ? value : A(NAN));
-      if (p.layout.width > 1) begin = next_curve(p, begin);
+      if (p.layout.width > 1) begin = this->next_table(p.layout, p.levels, begin);
     }
-    store_elements<V>(output + i, result, aligned_output);
+    this->store(i, result);
   }
-
-  __device__ __forceinline__ void pause() const {}
 };
 
 template <bool kLinear, bool kShared, class In, class Out>
@@ -154,30 +119,21 @@ __global__ __launch_bounds__(kRunThreads, kLookupBlocks) void lookup_forward_ker
 enum class LookupGradients : int { pixels, curve, both };
 
 template <bool kLinear, bool kShared, LookupGradients kWanted, class In, class Out>
-struct LookupBackward {
-  using A = device_acc_t<Out>;
+struct LookupBackward : RunTensors<In, Out, true, kWanted != LookupGradients::curve> {
   static constexpr bool kPixels = kWanted != LookupGradients::curve, kCurve = kWanted != LookupGradients::pixels;
   static constexpr int kSums = kLinear ? 2 : 1;
-  template <int V>
-  struct Item {
-    Vector<In, V> pixels;
-    Vector<Out, V> grad;
-  };
+  using Tensors = RunTensors<In, Out, true, kPixels>;
+  using A = device_acc_t<Out>;
 
   const LookupParams& p;
   const A* curve;  // of the group
   A* slopes;       // kShared
   BlockBins<A, kSums> bins;
-  const In* input = nullptr;
-  const Out* grad_output = nullptr;
-  Out* grad_input = nullptr;
-  int channel = 0;
-  bool aligned_input = false, aligned_grad = false, aligned_result = false;
 
   // Shared memory: the bins, then the slopes.
   __device__ __forceinline__ LookupBackward(const LookupParams& params, int64_t group, BinWindow window,
                                             int64_t bin_bytes)
-      : p(params), bins(window, shared_memory<double>()) {
+      : Tensors(params.input, params.grad_output, params.grad_input), p(params), bins(window, shared_memory<double>()) {
     const int entries = int(p.layout.width * p.levels);
     curve = static_cast<const A*>(p.curve) + group * entries;
     slopes = reinterpret_cast<A*>(shared_memory<char>() + bin_bytes);
@@ -195,29 +151,11 @@ struct LookupBackward {
     return kLinear ? linear_slope(of_pixel, p.levels, level) : nearest_slope(of_pixel, level) * A(p.gradient_scale);
   }
 
-  __device__ __forceinline__ int start(const Run& run) {
-    constexpr int V = kRunVector<In, Out>;
-    input = static_cast<const In*>(p.input) + run.offset;
-    grad_output = static_cast<const Out*>(p.grad_output) + run.offset;
-    if constexpr (kPixels) grad_input = static_cast<Out*>(p.grad_input) + run.offset;
-    channel = int(run.channel);
-    const int head = until_line<Out>(run);
-    aligned_input = is_aligned<In, V>(input + head);
-    aligned_grad = is_aligned<Out, V>(grad_output + head);
-    if constexpr (kPixels) aligned_result = is_aligned<Out, V>(grad_input + head);
-    return head;
-  }
-
   template <int V>
-  __device__ __forceinline__ Item<V> load(int i) const {
-    return {load_elements<V>(input + i, aligned_input), load_elements<V>(grad_output + i, aligned_grad)};
-  }
-
-  template <int V>
-  __device__ __forceinline__ void finish(int i, const Item<V>& item, bool valid) {
+  __device__ __forceinline__ void finish(int i, const typename Tensors::template Item<V>& item, bool valid) {
     const A last = A(p.levels - 1);
     Vector<Out, V> result;
-    int begin = curve_begin(p, channel, i);
+    int begin = this->table_begin(p.layout, p.levels, i);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       bool number;
@@ -230,10 +168,10 @@ struct LookupBackward {
       }
       if constexpr (kCurve && kLinear) bins.add(entry, {g, g * position.fraction}, valid && number);
       if constexpr (kCurve && !kLinear) bins.add(entry, {g}, valid && number);
-      if (p.layout.width > 1) begin = next_curve(p, begin);
+      if (p.layout.width > 1) begin = this->next_table(p.layout, p.levels, begin);
     }
     if constexpr (kPixels) {
-      if (valid) store_elements<V>(grad_input + i, result, aligned_result);
+      if (valid) this->store(i, result);
     }
   }
 

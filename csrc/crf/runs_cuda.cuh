@@ -2,13 +2,12 @@
 // the widest tensor per thread and access, between a head and a tail of single pixels. Several vectors are loaded
 // before the first is used, so that a multiprocessor has some 32 KB on their way from memory.
 //
-// What is done with the pixels is an Op, one object per thread:
-//   Item<V>                     what it loads of V pixels
-//   int start(run)              a run begins; the pixels before the first whole vector
-//   Item<V> load<V>(i)          pixels i .. i + V - 1 of the run
-//   void finish<V>(i, item, valid)   works on them. Where not valid, there are no such pixels and item is all zero: the
-//                               threads of a block go through the same calls, so that an Op may use warp collectives
-//   void pause()                after some calls of finish, all threads of the block together
+// What is done with the pixels is an Op, one object per thread. Its base RunTensors reads and writes; it adds
+//   void finish<V>(i, item, valid)   works on pixels i .. i + V - 1 of the run. Where not valid, there are no such
+//   pixels
+//                               and item is all zero: the threads of a block go through the same calls, so that an Op
+//                               may use warp collectives
+//   void pause()                if wanted: after some calls of finish, all threads of the block together
 #pragma once
 #include "common/device.cuh"
 #include "crf/lookup_layout.h"
@@ -74,6 +73,81 @@ __device__ __forceinline__ int until_line(const Run& run) {
   const int before = int(-run.offset & (kLine - 1));
   return before < run.count ? before : int(run.count);
 }
+
+// The tensors that an Op takes a run of: pixels of type In and, if kGradient, the output's gradient to read, and, if
+// kResult, one to write, both of type Out and all of the same layout.
+template <class In, class Out, bool kGradient, bool kResult>
+class RunTensors {
+ public:
+  // What is loaded of V pixels.
+  template <int V>
+  struct Item {
+    Vector<In, V> pixels;
+    Vector<Out, V> grad;  // kGradient
+  };
+
+  __device__ __forceinline__ RunTensors(const void* input, const void* grad_output, void* result)
+      : input_(static_cast<const In*>(input)),
+        grad_output_(static_cast<const Out*>(grad_output)),
+        result_(static_cast<Out*>(result)) {}
+
+  // A run begins; the pixels before the first whole vector.
+  __device__ __forceinline__ int start(const Run& run) {
+    constexpr int V = kRunVector<In, Out>;
+    const int head = until_line<Out>(run);
+    channel_ = int(run.channel);
+    pixels_ = input_ + run.offset;
+    pixels_aligned_ = is_aligned<In, V>(pixels_ + head);
+    if constexpr (kGradient) {
+      grad_ = grad_output_ + run.offset;
+      grad_aligned_ = is_aligned<Out, V>(grad_ + head);
+    }
+    if constexpr (kResult) {
+      to_ = result_ + run.offset;
+      to_aligned_ = is_aligned<Out, V>(to_ + head);
+    }
+    return head;
+  }
+
+  template <int V>
+  __device__ __forceinline__ Item<V> load(int i) const {
+    Item<V> item{};
+    item.pixels = load_elements<V>(pixels_ + i, pixels_aligned_);
+    if constexpr (kGradient) item.grad = load_elements<V>(grad_ + i, grad_aligned_);
+    return item;
+  }
+
+  __device__ __forceinline__ void pause() const {}
+
+ protected:
+  template <int V>
+  __device__ __forceinline__ void store(int i, const Vector<Out, V>& result) const {
+    store_elements<V>(to_ + i, result, to_aligned_);
+  }
+
+  // Where the table of the run's pixel i begins among its group's, of `entries` each.
+  __device__ __forceinline__ int table_begin(const CurveLayout& layout, int64_t entries, int i) const {
+    if (layout.width == 1) return 0;
+    return int((unsigned(channel_) + unsigned(i)) % unsigned(layout.width)) * int(entries);
+  }
+
+  // And that of the next pixel.
+  __device__ __forceinline__ static int next_table(const CurveLayout& layout, int64_t entries, int begin) {
+    const int next = begin + int(entries);
+    return next < int(layout.width * entries) ? next : 0;
+  }
+
+ private:
+  const In* input_;
+  const Out* grad_output_;
+  Out* result_;
+  // In the run:
+  const In* pixels_ = nullptr;
+  const Out* grad_ = nullptr;
+  Out* to_ = nullptr;
+  int channel_ = 0;  // of its first pixel
+  bool pixels_aligned_ = false, grad_aligned_ = false, to_aligned_ = false;
+};
 
 // Pixels [begin, end) of a run, V at a time, kInFlight vectors before the first is used. V divides their number.
 template <int V, int kInFlight, class Op>

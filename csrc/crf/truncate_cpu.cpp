@@ -7,6 +7,7 @@
 
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "crf/truncate_math.h"
 #include "crf/truncate_workspace.h"
 
 #define HDROPS_ISA_SOURCE "crf/truncate_kernels_cpu.h"

@@ -194,15 +194,9 @@ void filter_row(TruncateStream<T>& s, int64_t y) {
   }
 }
 
-HDROPS_HD double clip_base(double base) {
-  double clipped = base < 0 ? 0 : base;
-  return clipped > 1 ? 1 : clipped;
-}
-
-inline void limit_base(const double* image, double* slope_then_result, const double* shift, int64_t count) {
+inline void limit_bases(const double* image, double* slope_then_result, const double* shift, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    double base = slope_then_result[i] * image[i] + shift[i];
-    slope_then_result[i] = clip_base(base) * (image[i] / (base + kSmallestBase));
+    slope_then_result[i] = limit_base(image[i], slope_then_result[i] * image[i] + shift[i]);
   }
 }
 
@@ -210,12 +204,10 @@ inline void limit_base(const double* image, double* slope_then_result, const dou
 inline void base_gradients(const double* image, const double* slope, const double* shift, int64_t count,
                            double* grad_then_direct, double* grad_slope, double* grad_shift) {
   for (int64_t i = 0; i < count; ++i) {
-    double base = slope[i] * image[i] + shift[i], clipped = clip_base(base), inverse = 1 / (base + kSmallestBase);
-    double inside = base >= 0 && base <= 1 ? 1 : 0, grad = grad_then_direct[i];
-    double grad_base = grad * image[i] * inverse * (inside - clipped * inverse);
-    grad_slope[i] = grad_base * image[i];
-    grad_shift[i] = grad_base;
-    grad_then_direct[i] = grad * clipped * inverse + grad_base * slope[i];
+    LimitGradient<double> grad = limit_gradient(grad_then_direct[i], image[i], slope[i] * image[i] + shift[i]);
+    grad_slope[i] = grad.base * image[i];
+    grad_shift[i] = grad.base;
+    grad_then_direct[i] = grad.image + grad.base * slope[i];
   }
 }
 
@@ -289,7 +281,7 @@ void truncate_rows(const TruncateParams& p, int64_t begin, int64_t end, const T*
   for (int64_t y = begin; y < end; ++y) {
     if (grad_output == nullptr) {
       filter_row(s, y);
-      limit_base(ws.image.row(y), s.first_means, s.second_means, p.row());
+      limit_bases(ws.image.row(y), s.first_means, s.second_means, p.row());
     } else {
       need_moment_gradients(s, y + p.radius);
       transposed_row(s, ws.grad_mean, ws.grad_square, y);

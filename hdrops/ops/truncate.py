@@ -11,6 +11,7 @@ from hdrops.reference import truncate as _reference
 
 _CAN_RUN: dict[str, _backends.CanRun] = {
     "cpu": _backends.can_run_cpu,
+    "cuda": _backends.can_run_cuda,
     "reference": _backends.can_run_reference,
 }
 
@@ -28,14 +29,15 @@ def truncate(input: Tensor, *, radius: int = 2, eps: float = 0.01, backend: str 
         input: image [N, C, H, W], float32, float64, bfloat16 or float16, H and W above ``radius``.
         radius: of the box, at least 1.
         eps: regularisation, in squared units of ``input``, above 0.
-        backend: ``"cpu"``, ``"reference"`` or None for the best that can run.
+        backend: ``"cpu"``, ``"cuda"``, ``"reference"`` or None for the best that can run.
 
     Returns:
         [N, C, H, W] in the input's dtype and memory layout (contiguous or channels last); not bounded by 1 where detail
         exceeds it. A NaN spreads over the two boxes it lies in.
 
-    The gradient to ``input`` is exact, zero through the clipped base, and the same for any number of threads.
-    The CPU kernel computes in float64 whatever the dtype; under autocast half precision gives a float32 result.
+    The gradient to ``input`` is exact, zero through the clipped base, and the same for any number of threads and from
+    call to call on a GPU. The CPU kernel computes in float64 whatever the dtype, the CUDA kernels in float32 (float64
+    for float64) from differences between pixels; under autocast half precision gives a float32 result.
 
     Raises:
         ValueError: shape, ``radius`` or ``eps`` out of the ranges above.

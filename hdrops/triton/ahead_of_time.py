@@ -1,8 +1,9 @@
 """Compiles every Triton kernel for every architecture, without a GPU: ``python -m hdrops.triton.ahead_of_time``.
 
-The launches are those that :mod:`hdrops.triton.deform_conv2d` would make for a few layers, planned on tensors without
-memory; the arguments' types and the sizes known to the compiler follow Triton's own rules. The table has each kernel's
-registers and spilled bytes, from the assembler that Triton brings along, its shared memory, and what it multiplies by.
+The launches are those that :mod:`hdrops.triton.deform_conv2d` would make for a few layers, and
+:mod:`hdrops.triton.patch_swap` for a few swaps, planned on tensors without memory; the arguments' types and the sizes
+known to the compiler follow Triton's own rules. The table has each kernel's registers and spilled bytes, from the
+assembler that Triton brings along, its shared memory, and what it multiplies by.
 """
 
 import functools
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hdrops.testing import DeformConv2dCase
-from hdrops.triton import deform_conv2d
+from hdrops.triton import deform_conv2d, patch_swap
 from hdrops.triton.launch import Launch
 
 # Compute capability, and shared memory in bytes that a block may have.
@@ -77,6 +78,30 @@ _PLANS: dict[str, Callable[[deform_conv2d.Call, Tensor, Tensor | None, Tensor | 
 }
 
 
+@dataclass(frozen=True)
+class Swap:
+    """A call of ``patch_swap`` on two images, whose key and query are ``size`` sites."""
+
+    dtype: torch.dtype
+    channels: int = 64
+    channels_last: bool = False
+    patch_size: int = 3
+    scale: int = 1
+    border: str = "exclude"
+    size: tuple[int, int] = (1000, 1500)
+
+
+SWAPS = {
+    "float32": Swap(torch.float32),
+    "bfloat16": Swap(torch.bfloat16, channels_last=True, scale=2, border="zero"),
+    "float16": Swap(torch.float16, scale=4),
+    "float64": Swap(torch.float64, channels=256, channels_last=True, patch_size=7),
+    # More than 2^31 sites.
+    "large": Swap(torch.float32, channels=3, patch_size=7, size=(33000, 33000)),
+}
+SWAP_KERNELS = ("swap", "share", "run", "gradient")
+
+
 def variants() -> Iterator[Variant]:
     """Every kernel in every arithmetic for the wide layer; those of the other layers that compile to something else."""
     for kernel in ("forward", "backward_data", "backward_weight"):
@@ -102,6 +127,34 @@ def plan(variant: Variant, capability: int) -> Launch:
     if variant.layer != "narrow":
         output = output.contiguous(memory_format=torch.channels_last)
     return _PLANS[variant.kernel](call, output, tensors.get("bias"), tensors.get("mask"), f"sm_{capability}")
+
+
+def plan_swap(kernel: str, swap: Swap) -> Launch:
+    """The launch of one of ``SWAP_KERNELS``; ``share`` is there for the border "exclude" only."""
+    size = swap.scale * swap.size[0], swap.scale * swap.size[1]
+    image = torch.empty(2, swap.channels, *size, dtype=swap.dtype, device="meta")
+    if swap.channels_last:
+        image = image.contiguous(memory_format=torch.channels_last)
+    index = torch.empty(2, *swap.size, dtype=torch.int64, device="meta")
+    plan = patch_swap.Plan(image, index, size, swap.patch_size, swap.scale, swap.border)
+    if kernel == "swap":
+        return plan.swap(torch.empty_like(image))
+    matches, share, runs = plan.sort(), plan.new_share(), plan.new_runs()
+    if kernel == "share":
+        assert share is not None
+        return plan.share(share)
+    if kernel == "run":
+        assert runs is not None
+        return plan.run_sums(matches, share, runs)
+    return plan.gradient(matches, share, runs, torch.empty_like(image))
+
+
+def swap_launches() -> Iterator[tuple[str, str]]:
+    """Kernel and name of every launch of ``SWAPS``."""
+    for name, swap in SWAPS.items():
+        for kernel in SWAP_KERNELS:
+            if kernel != "share" or swap.border == "exclude":
+                yield kernel, name
 
 
 @functools.cache
@@ -158,7 +211,7 @@ def _type(value: Tensor | int) -> str:
     if isinstance(value, int):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     names = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return "*" + {**names, torch.int64: "i64"}[value.dtype]
+    return "*" + {**names, torch.int32: "i32", torch.int64: "i64"}[value.dtype]
 
 
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:
@@ -180,9 +233,16 @@ def main() -> None:
     print(f"{'kernel':44} {'arch':6} {'regs':>5} {'spill':>6} {'shared':>7} {'s':>5}  instructions")
     for variant in variants():
         for capability in ARCHITECTURES:
-            c = compile_variant(variant, capability)
-            resources = f"{c.registers!s:>5} {c.spilled!s:>6} {c.shared:7} {c.seconds:5.1f}"
-            print(f"{variant.name:44} sm_{capability:<3} {resources} ", *c.instructions, flush=True)
+            _print(variant.name, capability, compile_variant(variant, capability))
+    for kernel, name in swap_launches():
+        for capability in ARCHITECTURES:
+            compiled = compile_launch(plan_swap(kernel, SWAPS[name]), capability)
+            _print(f"patch_swap_{kernel}-{name}", capability, compiled)
+
+
+def _print(name: str, capability: int, c: Compiled) -> None:
+    resources = f"{c.registers!s:>5} {c.spilled!s:>6} {c.shared:7} {c.seconds:5.1f}"
+    print(f"{name:44} sm_{capability:<3} {resources} ", *c.instructions, flush=True)
 
 
 if __name__ == "__main__":
