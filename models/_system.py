@@ -112,6 +112,33 @@ def check_exposures(op: str, log_exposures: Tensor | Sequence[float] | None, fra
     return exposures
 
 
+def exposure_ratios(op: str, log_exposures: Tensor, images: Tensor, reference: int) -> Tensor:
+    """Exposures relative to that of the frame ``reference``, to multiply or divide ``images`` by.
+
+    Args:
+        op: name for messages.
+        log_exposures: natural logarithms [P] of seconds, or [N, P] for each image its own, ascending.
+        images: [N, P, C, H, W].
+        reference: index of a frame.
+
+    Returns:
+        [1 or N, P, 1, 1, 1] in the dtype and on the device of ``images``.
+
+    Raises:
+        ValueError: another shape, or exposures that do not ascend.
+    """
+    n, frames = images.shape[:2]
+    if log_exposures.shape not in ((frames,), (n, frames)):
+        raise ValueError(
+            f"{op}: log_exposures must be [{frames}] or [{n}, {frames}], got shape {list(log_exposures.shape)}"
+        )
+    logs = log_exposures.detach().reshape(-1, frames)
+    if not bool((logs.diff(dim=1) > 0).all()):
+        raise ValueError(f"{op}: exposures must ascend from frame to frame, got logarithms {logs.tolist()}")
+    ratios = (logs - logs[:, reference : reference + 1]).exp()
+    return ratios.to(images)[:, :, None, None, None]
+
+
 def pad_to_multiple(image: Tensor, multiple: int, mode: str = "reflect") -> tuple[Tensor, tuple[int, int]]:
     """Pads [N, C, H, W] at bottom and right to multiples; returns it with the height and width to crop back to.
 
