@@ -1,4 +1,4 @@
-"""``hdrops merge``: a bracket of photographs to an HDR image, a preview and, if wanted, its response curve.
+"""``hdrops merge``: a bracket of photographs to an HDR image, a preview and, if wanted, a drawing of what was found.
 
 Radiance is in units of "middle code in one second": 1 where an exposure of one second would give the middle code of the
 response curve (with a linear response: where it would just clip). Times scaled by k scale it by 1/k.
@@ -27,9 +27,9 @@ from hdrops._crf_command import (
     read,
     recover,
 )
-from hdrops._plot import plot_response
+from hdrops._plot import Map, plot_response, replacement_map
 from hdrops._tonemap_command import shrink, to_display
-from hdrops.camera import save_response
+from hdrops.camera import Deghosted, deghost, save_response
 from hdrops.camera.calibration import METHODS
 from hdrops.io import PICTURE_SUFFIXES, RADIANCE_SUFFIXES, InputError, Outputs, Pixels, write_image
 
@@ -42,6 +42,8 @@ _log = logging.getLogger("hdrops")
 def run(args: argparse.Namespace) -> None:
     """Does what ``hdrops merge`` was asked to."""
     start = time.perf_counter()
+    if args.reference is not None and not args.deghost:
+        raise InputError(f"--reference {args.reference}: is for --deghost")
     device = device_of(args.device)
     sources = inputs(args)
     method, stored = _response_source(args)
@@ -60,39 +62,53 @@ def run(args: argparse.Namespace) -> None:
     with Outputs(sources) as outputs:
         temporary = {kind: outputs.add(path, suffixes) for kind, (path, suffixes) in targets.items()}
         bracket = read(args)
+        if args.reference is not None and not 1 <= args.reference <= len(bracket.paths):
+            raise InputError(f"--reference {args.reference}: must be the number of a frame, 1..{len(bracket.paths)}")
         method = method or ("linear" if bracket.linear else "debevec")
         curve = stored if method == "file" else None if method == "linear" else recover(bracket, method, args)
         if "response" in temporary:
             if curve is None:
                 raise InputError(f"{args.save_response}: no response to save; it is linear")
             save_response(temporary["response"], curve)
+        maps: list[Map] = []
+        still, report = bracket.mask, None
+        if args.deghost:
+            ghosts = _deghost(bracket, curve, args)
+            still, report = ghosts.weight, _replaced(bracket, ghosts)
+            maps = _maps(bracket, ghosts) if "plot" in temporary else []
+            del ghosts
         if "plot" in temporary:
             shown = torch.linspace(0, 2, 256).expand(1, 1, -1) if curve is None else curve
-            plot_response(temporary["plot"], shown, f"{method} response")
+            plot_response(temporary["plot"], shown, f"{method} response", maps)
         frames, span = len(bracket.paths), math.log2(max(bracket.exposures) / min(bracket.exposures))
-        radiance = merge(bracket, curve, weight=_weight(args, bracket), device=device)
-        del bracket
+        radiance = merge(bracket, curve, weight=_weight(args, bracket), mask=still, device=device)
+        del bracket, still
         write_image(temporary["image"], radiance)
         if "preview" in temporary:
             write_image(temporary["preview"], to_display(shrink(radiance), args.tonemap))
     written = ", ".join(f"{path} ({size_in_words(path)})" for path, _ in targets.values())
     seconds = time.perf_counter() - start
+    if report is not None:
+        print(report)
     print(
         f"{radiance.shape[1]} x {radiance.shape[0]}, {frames} frames over {span:.1f} EV, {method} response, "
         f"dynamic range {dynamic_range(radiance):.1f} stops (p0.1 to p99.9); wrote {written} in {seconds:.1f} s"
     )
 
 
-def merge(bracket: Bracket, curve: Tensor | None, *, weight: str | Tensor, device: torch.device) -> Pixels:
+def merge(
+    bracket: Bracket, curve: Tensor | None, *, weight: str | Tensor, mask: Tensor | None, device: torch.device
+) -> Pixels:
     """Radiance float32 [H, W, 3], merged a strip of rows at a time.
 
     Args:
         bracket: the frames.
         curve: inverse response [1, C, L]; None for a linear one.
         weight: see :func:`hdrops.merge_exposures`.
+        mask: likewise, for the whole stack.
         device: where the strips are merged.
     """
-    stack, mask = bracket.stack, bracket.mask
+    stack = bracket.stack
     height, width = stack.shape[-2:]
     log_exposures = bracket.log_exposures.float().to(device)
     curve = None if curve is None else curve.float().to(device)
@@ -115,6 +131,47 @@ def dynamic_range(radiance: Pixels) -> float:
     light = radiance[::step, ::step] @ np.array([0.2126, 0.7152, 0.0722], np.float32)
     low, high = np.percentile(light, (0.1, 99.9))
     return float(np.log2(high / low))
+
+
+def _deghost(bracket: Bracket, curve: Tensor | None, args: argparse.Namespace) -> Deghosted:
+    """Changes the bracket's frames in place; see :func:`hdrops.camera.deghost`."""
+    return deghost(
+        bracket.stack,
+        bracket.log_exposures,
+        curve,
+        reference=None if args.reference is None else args.reference - 1,
+        mask=bracket.mask,
+        saturation=1.0 if args.saturation is None else args.saturation / largest_code(bracket),
+        inplace=True,
+    )
+
+
+def _shares(ghosts: Deghosted, frame: int) -> str:
+    label = ghosts.label[0, frame]
+    excluded = float((label == 3).float().mean())
+    replaced = float((label > 0).float().mean()) - excluded
+    return f"{100 * replaced:.1f} % replaced, {100 * excluded:.1f} % excluded"
+
+
+def _replaced(bracket: Bracket, ghosts: Deghosted) -> str:
+    """The line that says what --deghost did."""
+    (reference,) = ghosts.reference
+    others = [frame for frame in range(len(bracket.paths)) if frame != reference]
+    told = "; ".join(f"{bracket.paths[frame].name} {_shares(ghosts, frame)}" for frame in others)
+    return f"deghosted to {bracket.paths[reference].name}: {told}"
+
+
+def _maps(bracket: Bracket, ghosts: Deghosted) -> list[Map]:
+    """One for each frame but the reference, from the shortest to the longest."""
+    (reference,) = ghosts.reference
+    others = [frame for frame in range(len(bracket.paths)) if frame != reference]
+    return [
+        Map(
+            f"{bracket.paths[frame].name} against {bracket.paths[reference].name}\n{_shares(ghosts, frame)}",
+            replacement_map(bracket.frames[reference], ghosts.label[0, frame].numpy()),
+        )
+        for frame in sorted(others, key=lambda frame: bracket.exposures[frame])
+    ]
 
 
 def _response_source(args: argparse.Namespace) -> tuple[str | None, Tensor | None]:

@@ -54,6 +54,15 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     merge.add_argument(
         "--weight", choices=("hat", "debevec", "uniform"), default="hat", help="trust in a code (default hat)"
     )
+    merge.add_argument(
+        "--deghost", action="store_true", help="replace or leave out what moved between the frames; --plot shows what"
+    )
+    merge.add_argument(
+        "--reference",
+        metavar="N",
+        type=int,
+        help="the frame, from 1, that says where moving things are (default: the best exposed one)",
+    )
     merge.add_argument("--device", default="cpu", help="where to merge: cpu (default), cuda, ...")
     merge.add_argument("--preview", metavar="FILE", help="tone-mapped picture (default: OUTPUT_preview.png)")
     merge.add_argument("--no-preview", action="store_true", help="write no preview")

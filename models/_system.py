@@ -42,12 +42,20 @@ class System(nn.Module, ABC):
 
         Raises:
             ValueError: an option it does not have, or a value it does not take.
+            TypeError: a value of another type than the option's default.
         """
-        known = [field.name for field in dataclasses.fields(cls.Config)]
-        unknown = sorted(set(config) - set(known))
+        unknown = sorted(set(config) - set(cls.options()))
         if unknown:
-            raise ValueError(f"{cls.name}: unknown option {', '.join(unknown)}; it has {', '.join(known)}")
+            raise ValueError(f"{cls.name}: unknown option {', '.join(unknown)}; it has {', '.join(cls.options())}")
+        for field in dataclasses.fields(cls.Config):
+            if field.name in config:
+                _check_type(cls.name, field, config[field.name])
         return cls(cls.Config(**config))
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of the options that :meth:`build` takes."""
+        return [field.name for field in dataclasses.fields(cls.Config)]
 
     @abstractmethod
     def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Any, ...]:
@@ -86,6 +94,15 @@ class System(nn.Module, ABC):
         return measure(self.get_submodule(part), lambda: self.example_inputs(height, width, part))
 
 
+def _check_type(op: str, option: "dataclasses.Field[Any]", value: object) -> None:
+    """Raises if ``value`` is of another type than the option's default; integers pass for floats, lists for tuples."""
+    if option.default is None or option.default is dataclasses.MISSING:
+        return
+    kind = type(option.default)
+    if not isinstance(value, {float: (float, int), tuple: (tuple, list)}.get(kind, kind)):
+        raise TypeError(f"{op}: {option.name} must be of type {kind.__name__}, got {value!r}")
+
+
 def check_images(op: str, images: Tensor, frames: int) -> None:
     """Raises unless ``images`` is a float [N, frames, 3, H, W]."""
     if not isinstance(images, Tensor):
@@ -110,6 +127,17 @@ def check_exposures(op: str, log_exposures: Tensor | Sequence[float] | None, fra
     if len(exposures.unique()) != frames:
         raise ValueError(f"{op}: exposures must differ from each other, got {exposures.tolist()}")
     return exposures
+
+
+def check_frames(op: str, frames: Sequence[Tensor], channels: int) -> None:
+    """Raises unless all frames are floating point [N, channels, H, W] of one size."""
+    shapes = ", ".join(str(list(frame.shape)) for frame in frames)
+    if any(frame.dim() != 4 or frame.shape[1] != channels for frame in frames):
+        raise ValueError(f"{op}: each frame must be [N, {channels}, H, W], got shapes {shapes}")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise ValueError(f"{op}: the frames must have one shape, got {shapes}")
+    if not all(frame.is_floating_point() for frame in frames):
+        raise TypeError(f"{op}: the frames must be floating point, got {', '.join(str(f.dtype) for f in frames)}")
 
 
 def exposure_ratios(op: str, log_exposures: Tensor, images: Tensor, reference: int) -> Tensor:

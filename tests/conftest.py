@@ -1,12 +1,15 @@
 """Fixtures shared by all tests, and where the real photographs are."""
 
+import math
 import os
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +57,20 @@ def threads():
     count = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(count)
+
+
+@pytest.fixture
+def bracket() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Makes brackets of still scenes: photographs [n, 3, 3, h, w], log exposures [3], radiance as the middle one's."""
+
+    def make(gamma: float, height: int = 32, width: int = 32, n: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        coarse = torch.nn.functional.interpolate(torch.randn(n, 3, 4, 4), (height, width), mode="bicubic")
+        radiance = (coarse + 0.1 * torch.randn(n, 3, height, width) - 1).exp()
+        log_exposures = torch.tensor([-2.0, 0.0, 2.0]) * math.log(2.0) - 3.0
+        exposed = radiance[:, None] * torch.tensor([0.25, 1.0, 4.0]).view(1, 3, 1, 1, 1)
+        return exposed.clamp(0, 1) ** (1 / gamma), log_exposures, radiance
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -255,6 +255,7 @@ test_quantize_keeps_the_values_of_an_8_bit_image = crf.test_quantize_keeps_the_v
 test_every_dtype_and_layout_equals_the_reference = merging.test_every_dtype_and_layout_equals_the_reference
 test_masks = merging.test_masks
 test_weights = merging.test_weights
+test_long_tables = merging.test_long_tables_of_any_shape_are_interpolated_to_the_last_bit
 test_random_brackets = merging.test_random_geometry
 test_strided_stacks = merging.test_strided_stacks
 test_shuffled_frames_give_the_same_bits = merging.test_shuffled_frames_give_the_same_bits

@@ -94,6 +94,19 @@ def test_a_table_with_an_entry_for_each_code_is_read_exactly(dtype):
     assert_radiance(radiance.flatten(), curve.double())
 
 
+@pytest.mark.parametrize("levels", [256, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_long_tables_of_any_shape_are_interpolated_to_the_last_bit(dtype, levels):
+    # Entries that have nothing to do with their neighbours show every error of the place between two of them.
+    stack, times = bracket(dtype, height=40, width=50), log_times(4).float()
+    weight, curve = torch.rand(levels), torch.rand(levels) + 0.01
+    assert_radiance(hdrops.merge_exposures(stack, times, weight=weight), expected(stack, times, weight=weight.double()))
+    assert_radiance(
+        hdrops.merge_exposures(stack, times, curve, weight="uniform"),
+        expected(stack, times, curve, weight="uniform"),
+    )
+
+
 @pytest.mark.parametrize("dtype", LEVELS)
 def test_a_float64_curve_gives_float64_radiance(dtype):
     stack, times, curve = bracket(dtype), log_times(4), response(LEVELS[dtype], 1, 3)

@@ -18,6 +18,33 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         models.create("resnet")
 
 
+def test_an_options_value_is_of_its_defaults_type() -> None:
+    with pytest.raises(TypeError, match="sthdr: scales must be of type int, got 'two'"):
+        models.create("sthdr", scales="two")
+    config = models.create("sthdr", variant="hss", slope=0, scale_weights=[2.0], channels=4).config
+    assert config.slope == 0 and config.scale_weights == [2.0]
+
+
+def test_exposures_relative_to_a_frame_and_frames_of_one_shape() -> None:
+    images = torch.rand(2, 3, 4, 5, 6)
+    logs = torch.tensor([[0.0, 1.0, 3.0], [-2.0, 0.0, 1.0]], dtype=torch.float64)
+    ratios = _system.exposure_ratios("m", logs, images, 1)
+    assert ratios.dtype == torch.float32 and ratios.shape == (2, 3, 1, 1, 1)
+    expected = torch.tensor([[-1.0, 0.0, 2.0], [-2.0, 0.0, 1.0]]).exp()
+    torch.testing.assert_close(ratios.flatten(1), expected)
+    torch.testing.assert_close(_system.exposure_ratios("m", logs[0], images, 1).flatten(), expected[0])
+    for wrong, words in (
+        (logs.T, r"must be \[3\] or \[2, 3\], got shape \[3, 2\]"),
+        (logs.flip(1), "must ascend"),
+        (logs * math.nan, "must ascend"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _system.exposure_ratios("m", wrong, images, 0)
+    _system.check_frames("m", images.unbind(1), 4)
+    with pytest.raises(ValueError, match=r"m: each frame must be \[N, 5, H, W\], got shapes \[2, 4, 5, 6\]"):
+        _system.check_frames("m", images.unbind(1), 5)
+
+
 def test_images_and_exposures_are_checked() -> None:
     images = torch.rand(1, 3, 3, 8, 8)
     _system.check_images("m", images, 3)

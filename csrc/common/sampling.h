@@ -26,6 +26,19 @@ HDROPS_HD void convert_to(Int value, Real& result) {
 }
 #endif
 
+// Whether both hold: of bools, or of masks lane by lane. Where masks have registers of their own (AVX-512), GCC 12
+// would take the `&` of two comparisons apart into lanes, unless it no longer knows that they were comparisons.
+HDROPS_HD bool both(bool a, bool b) { return a && b; }
+#if defined(__GNUC__) && !defined(__CUDACC__)
+template <class Mask>
+HDROPS_HD Mask both(Mask a, Mask b) {
+#if defined(__x86_64__) && !defined(HDROPS_LOWERED_ISA)
+  __asm__("" : "+v"(a), "+v"(b));
+#endif
+  return a & b;
+}
+#endif
+
 template <class Real, class Int>
 struct AxisSample {
   Int low, high;                 // indices of the two grid points, both within the grid if the position counts
@@ -36,7 +49,7 @@ struct AxisSample {
 // Whether the position counts. The result is a bool, or a vector of masks.
 template <class Real>
 HDROPS_HD auto inside_grid(Real position, Real size) {
-  return (position > Real{} - 1) & (position < size);
+  return both(position > Real{} - 1, position < size);
 }
 
 // The position must count; callers replace one that does not by zero. `size` is the grid's length, as both types.

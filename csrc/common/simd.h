@@ -147,6 +147,17 @@ HDROPS_HD vec<T, N / 2> add_halves(vec<T, N> value) {
   return low + high;
 }
 
+// Four or eight lanes and as many more. A copy through memory, which would serve any number, waits for its stores.
+template <class T, int N>
+HDROPS_HD vec<T, 2 * N> join(vec<T, N> low, vec<T, N> high) {
+  static_assert(N == 4 || N == 8);
+  if constexpr (N == 4) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+}
+
 // Sum of the lanes, pairwise, in an order fixed by N.
 template <class T, int N>
 HDROPS_HD T reduce_add(vec<T, N> value) {

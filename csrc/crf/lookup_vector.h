@@ -77,13 +77,31 @@ HDROPS_HD void gather_pairs(const T* table, vec<int32_t, N> index, vec<T, N>& fi
   }
 }
 
-// Codes as indices. GCC converts eight bytes one by one unless it is led through 16 bits.
+// Codes as indices. GCC's own conversion takes the bytes apart and puts them together again.
 template <int N>
 HDROPS_HD vec<int32_t, N> load_codes(const uint8_t* codes) {
+#if defined(HDROPS_HAVE_AVX512)
+  if constexpr (N == 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return bit_cast_vec<vec<int32_t, N>>(_mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), bytes));
+  }
+#endif
+#if defined(HDROPS_HAVE_AVX2)
+  if constexpr (N == 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    return bit_cast_vec<vec<int32_t, N>>(_mm256_cvtepu8_epi32(bytes));
+  }
+#endif
   return __builtin_convertvector(__builtin_convertvector(load<N>(codes), vec<uint16_t, N>), vec<int32_t, N>);
 }
 template <int N>
 HDROPS_HD vec<int32_t, N> load_codes(const uint16_t* codes) {
+#if defined(HDROPS_HAVE_AVX512)
+  if constexpr (N == 16) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return bit_cast_vec<vec<int32_t, N>>(_mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), words));
+  }
+#endif
   return __builtin_convertvector(load<N>(codes), vec<int32_t, N>);
 }
 

@@ -37,14 +37,8 @@ MergeStream<T, A> merge_stream(const MergeParams<A>& p, int64_t index) {
 
 template <int N, class A, class T>
 HDROPS_HD vec<A, N> load_reading(const T* source) {
-#if defined(HDROPS_HAVE_AVX2)
-  if constexpr (sizeof(T) == 1 && N == 8 && sizeof(A) == 4) {  // GCC converts bytes one by one
-    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
-    return bit_cast_vec<vec<A, N>>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)));
-  }
-#endif
   if constexpr (kMergeMax<T> > 1) {
-    return __builtin_convertvector(load<N>(source), vec<A, N>);
+    return __builtin_convertvector(load_codes<N>(source), vec<A, N>);
   } else {
     return load_wide<N>(source);
   }
@@ -59,13 +53,6 @@ HDROPS_HD A reading_of(T value) {
   }
 }
 
-template <int N, class A>
-HDROPS_HD vec<A, N> gather_entries(const A* table, vec<int32_t, N> index) {
-  vec<A, N> value;
-  for (int lane = 0; lane < N; ++lane) value[lane] = table[index[lane]];
-  return value;
-}
-
 // Where a reading falls in a table of `length` entries (OP-6).
 template <int N, class A>
 struct TablePlace {
@@ -73,28 +60,36 @@ struct TablePlace {
   vec<A, N> fraction;
 };
 
+// `scale`: steps of the table per unit of a reading. A step of a long table is so small a part of the largest reading
+// that neither `scale` nor the product may be rounded before the entry's number is taken off, and that the rounded
+// product may name a neighbouring entry.
 template <int N, class A>
-HDROPS_HD TablePlace<N, A> table_place(vec<A, N> reading, A scale, int64_t length) {
+HDROPS_HD TablePlace<N, A> table_place(vec<A, N> reading, double scale, int64_t length) {
+  using Indices = vec<int32_t, N>;
+  const A rounded = A(scale), rest = A(scale - double(rounded));
+  const Indices last = splat<N>(int32_t(length - 1));
+  const Indices near = vmin(__builtin_convertvector(reading * rounded, Indices), last);
+  const vec<A, N> number = __builtin_convertvector(near, vec<A, N>);
+  const vec<A, N> beyond = multiply_subtract<N>(reading, splat<N>(rounded), number) + reading * rest;
+  const Indices step = __builtin_convertvector(beyond + A(1), Indices) - 1;  // -1, 0 or 1: beyond lies in (-1, 2)
   TablePlace<N, A> place;
-  vec<A, N> position = reading * scale;
-  vec<int32_t, N> last = splat<N>(int32_t(length - 1));
-  place.lower = vmin(__builtin_convertvector(position, vec<int32_t, N>), last);
+  place.lower = near + step;
   place.upper = vmin(place.lower + 1, last);
-  place.fraction = position - __builtin_convertvector(place.lower, vec<A, N>);
+  place.fraction = beyond - __builtin_convertvector(step, vec<A, N>);
   return place;
 }
 
 // w of readings in [0, max].
 template <class T, int N, class A>
 HDROPS_HD vec<A, N> merge_weight(const MergeParams<A>& p, vec<A, N> reading) {
-  const A scale = A(double(p.weight_length - 1) / kMergeMax<T>);
+  const double scale = double(p.weight_length - 1) / kMergeMax<T>;
   const vec<A, N> zero = splat<N>(A(0)), one = splat<N>(A(1));
   if (p.weight_length <= 3) {
-    vec<A, N> u = reading * scale, v = u - A(1);
+    vec<A, N> u = reading * A(scale), v = u - A(1);
     return p.hinge[0] + p.hinge[1] * vmin(u, one) + p.hinge[2] * vmin(vmax(v, zero), one);
   }
-  auto place = table_place<N>(reading, scale, p.weight_length);
-  vec<A, N> lower = gather_entries<N>(p.weight, place.lower), upper = gather_entries<N>(p.weight, place.upper);
+  auto place = table_place<N, A>(reading, scale, p.weight_length);
+  vec<A, N> lower = gather<N>(p.weight, place.lower), upper = gather<N>(p.weight, place.upper);
   return lower + place.fraction * (upper - lower);
 }
 
@@ -120,13 +115,13 @@ HDROPS_HD FrameTerms<N, A> frame_terms(const MergeParams<A>& p, const A* curve, 
     terms.slope = (reading > zero) & (reading < top) ? splat<N>(A(1)) : zero;
     terms.response = reading > zero ? terms.response : least;
   } else {
-    terms.place = table_place<N>(reading, A(double(p.curve_length - 1) / kMergeMax<T>), p.curve_length);
+    terms.place = table_place<N, A>(reading, double(p.curve_length - 1) / kMergeMax<T>, p.curve_length);
     if (offset != nullptr) {
       vec<int32_t, N> shift = load<N>(offset);
       terms.place.lower += shift;
       terms.place.upper += shift;
     }
-    vec<A, N> lower = gather_entries<N>(curve, terms.place.lower), upper = gather_entries<N>(curve, terms.place.upper);
+    vec<A, N> lower = gather<N>(curve, terms.place.lower), upper = gather<N>(curve, terms.place.upper);
     terms.response = lower + terms.place.fraction * (upper - lower);
     terms.slope = raw >= zero ? (upper - lower) * A(p.curve_length - 1) : zero;
   }
@@ -313,15 +308,68 @@ HDROPS_HD void add_frame_of_codes(const MergeParams<A>& p, const MergeStream<uin
   }
 }
 
+// Codes that are summed side by side.
 template <class A>
-HDROPS_HD vec<A, 8> join(vec<A, 4> low, vec<A, 4> high) {
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+#if defined(HDROPS_HAVE_AVX512)
+constexpr int kCodeGroup = sizeof(A) == 4 ? 16 : 8;
+#else
+constexpr int kCodeGroup = 8;
+#endif
+
+#if defined(HDROPS_HAVE_AVX512)
+// The places in the table of what entry_of_code() finds for code 0, of eight codes from i + first.
+template <int kChannel>
+HDROPS_HD vec<int32_t, 8> places_of_zero(const MergeWorkspace<uint8_t, float>& ws, int64_t i, int first) {
+  if constexpr (kChannel == kAnyChannels) return load<8>(ws.code_offset + i + first);
+  vec<int32_t, 8> place{};
+  if constexpr (kChannel != kOneTable) {
+    for (int k = 0; k < 8; ++k) place[k] = (kChannel + first + k) % 3 * kCodes8;
+  }
+  return place;
 }
 
-// Sums of eight codes from i, over the frames; of a number known to the compiler (kFrames) unrolled, else 0.
+// Of sixteen pairs, the first of each and the second.
+HDROPS_HD vec<float, 16> first_terms(vec<float, 16> low, vec<float, 16> high) {
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+HDROPS_HD vec<float, 16> second_terms(vec<float, 16> low, vec<float, 16> high) {
+  return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// accumulate_group() of floats: one gather fetches both terms of eight codes, as eight doubles.
+template <int kFrames, int kChannel, bool kShares>
+HDROPS_HD void gather_group(const MergeParams<float>& p, const MergeStream<uint8_t, float>& s,
+                            MergeWorkspace<uint8_t, float>& ws, int64_t i) {
+  const vec<int32_t, 8> zero[2] = {places_of_zero<kChannel>(ws, i, 0), places_of_zero<kChannel>(ws, i, 8)};
+  vec<float, 16> terms[2] = {}, timed[2] = {};
+  const int64_t frames = kFrames > 0 ? kFrames : p.frames;
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < frames; ++j) {
+    const uint8_t* row = ws.ordered_row[j] + i;
+    for (int half = 0; half < 2; ++half) {
+      const auto place = bit_cast_vec<__m256i>(load_codes<8>(row + 8 * half) + zero[half]);
+      auto entries = bit_cast_vec<vec<float, 16>>(
+          _mm512_mask_i32gather_pd(_mm512_setzero_pd(), __mmask8(0xff), place, s.table, kCodeTerms * sizeof(float)));
+      if constexpr (kShares) {
+        const vec<float, 8> share = load<8>(ws.ordered_share[j] + i + 8 * half);
+        entries *= __builtin_shufflevector(share, share, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+      }
+      terms[half] += entries;
+      timed[half] += entries * s.log_exposures[j];
+    }
+  }
+  store<16>(ws.weight_sum + i, first_terms(terms[0], terms[1]));
+  store<16>(ws.value_sum + i, second_terms(terms[0], terms[1]) - first_terms(timed[0], timed[1]));
+}
+#endif
+
+// Sums of kCodeGroup codes from i, over the frames; of a number known to the compiler (kFrames) unrolled, else 0.
 template <int kFrames, int kChannel, bool kShares, class A>
-HDROPS_HD void accumulate_eight_codes(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
-                                      MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+HDROPS_HD void accumulate_group(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s,
+                                MergeWorkspace<uint8_t, A>& ws, int64_t i) {
+#if defined(HDROPS_HAVE_AVX512)
+  if constexpr (sizeof(A) == 4) return gather_group<kFrames, kChannel, kShares>(p, s, ws, i);
+#endif
   PairSums<A> sums[4] = {};
   if constexpr (kFrames > 0) {
 #pragma GCC unroll 8
@@ -329,8 +377,8 @@ HDROPS_HD void accumulate_eight_codes(const MergeParams<A>& p, const MergeStream
   } else {
     for (int64_t j = 0; j < p.frames; ++j) add_frame_of_codes<8, kChannel, kShares>(p, s, ws, j, i, sums);
   }
-  auto terms02 = join<A>(sums[0].terms, sums[2].terms), terms13 = join<A>(sums[1].terms, sums[3].terms);
-  auto timed02 = join<A>(sums[0].timed, sums[2].timed), timed13 = join<A>(sums[1].timed, sums[3].timed);
+  auto terms02 = join<A, 4>(sums[0].terms, sums[2].terms), terms13 = join<A, 4>(sums[1].terms, sums[3].terms);
+  auto timed02 = join<A, 4>(sums[0].timed, sums[2].timed), timed13 = join<A, 4>(sums[1].timed, sums[3].timed);
   store<8>(ws.weight_sum + i, __builtin_shufflevector(terms02, terms13, 0, 2, 8, 10, 4, 6, 12, 14));
   store<8>(ws.value_sum + i, __builtin_shufflevector(terms02, terms13, 1, 3, 9, 11, 5, 7, 13, 15) -
                                  __builtin_shufflevector(timed02, timed13, 0, 2, 8, 10, 4, 6, 12, 14));
@@ -355,20 +403,21 @@ HDROPS_HD void accumulate_one_code(const MergeParams<A>& p, const MergeStream<ui
 template <int kFrames, bool kShares, class A>
 void accumulate_codes_of(const MergeParams<A>& p, const MergeStream<uint8_t, A>& s, MergeWorkspace<uint8_t, A>& ws,
                          int64_t count) {
+  constexpr int kGroup = kCodeGroup<A>;
   int64_t i = 0;
   if (!p.interleaved || p.table_stride_c == 0) {
-    for (; i + 8 <= count; i += 8) accumulate_eight_codes<kFrames, kOneTable, kShares>(p, s, ws, i);
+    for (; i + kGroup <= count; i += kGroup) accumulate_group<kFrames, kOneTable, kShares>(p, s, ws, i);
     for (; i < count; ++i) accumulate_one_code<kOneTable, kShares>(p, s, ws, i);
     return;
   }
   if (p.channels == 3) {
-    for (; i + 24 <= count; i += 24) {
-      accumulate_eight_codes<kFrames, 0, kShares>(p, s, ws, i);
-      accumulate_eight_codes<kFrames, 2, kShares>(p, s, ws, i + 8);
-      accumulate_eight_codes<kFrames, 1, kShares>(p, s, ws, i + 16);
+    for (; i + 3 * kGroup <= count; i += 3 * kGroup) {
+      accumulate_group<kFrames, 0, kShares>(p, s, ws, i);
+      accumulate_group<kFrames, kGroup % 3, kShares>(p, s, ws, i + kGroup);
+      accumulate_group<kFrames, 2 * kGroup % 3, kShares>(p, s, ws, i + 2 * kGroup);
     }
   }
-  for (; i + 8 <= count; i += 8) accumulate_eight_codes<0, kAnyChannels, kShares>(p, s, ws, i);
+  for (; i + kGroup <= count; i += kGroup) accumulate_group<0, kAnyChannels, kShares>(p, s, ws, i);
   for (; i < count; ++i) accumulate_one_code<kAnyChannels, kShares>(p, s, ws, i);
 }
 
@@ -542,7 +591,7 @@ HDROPS_HD vec<A, N> log_response(const MergeParams<A>& p, const MergeStream<T, A
     const bool offsets = p.interleaved && p.log_curve_stride_c != 0;
     vec<int32_t, N> code = __builtin_convertvector(reading, vec<int32_t, N>);
     if (offsets) code += load<N>(ws.code_offset + i);
-    return gather_entries<N>(s.log_curve, code);
+    return gather<N>(s.log_curve, code);
   } else {
     const int32_t* offset = p.interleaved && p.curve_stride_c != 0 ? ws.curve_offset + i : nullptr;
     return vlog<N>(frame_terms<T, N>(p, s.curve, offset, reading).response);

@@ -85,6 +85,24 @@ __global__ __launch_bounds__(kCodes8) void code_table_kernel(const A* curve, int
       A(between(weight[in_weights.lower], weight[in_weights.upper], in_weights.fraction)), A(log(response))};
 }
 
+// The entry at or below a reading in a table, and how far it is to the next, in [0, 1].
+template <class A>
+struct TableEntry {
+  int lower;
+  A fraction;
+};
+
+// Where reading * scale lies in a table whose last entry is `last`. Both scale and product are kept to twice the digits
+// of A, as on the CPU: in a long table the rounded product would be off by much of an entry, or name a neighbour.
+template <class A>
+__device__ __forceinline__ TableEntry<A> table_entry(A reading, double scale, int last) {
+  const A rounded = A(scale), rest = A(scale - double(rounded));
+  const int at = int(reading * rounded), near = at < last ? at : last;
+  const A beyond = A(fma(reading, rounded, A(-near))) + reading * rest;
+  const int step = int(beyond + A(1)) - 1;  // -1, 0 or 1: beyond lies in (-1, 2)
+  return {near + step, beyond - A(step)};
+}
+
 // One frame's reading: w, g, its slope per unit of a reading in [0, 1], ln g, and where g lies in the curve.
 template <class A>
 struct ReadingTerms {
@@ -148,15 +166,17 @@ struct MergeTables {
   }
 
   __device__ __forceinline__ A weight_of(A reading) const {
-    const A position = reading * A(double(p.weight_length - 1) / kMergeMax<T>);
+    const double scale = double(p.weight_length - 1) / kMergeMax<T>;
     if (p.weight_length <= 3) {
+      const A position = reading * A(scale);
       const A beyond = position - A(1);
       return hinge[0] + hinge[1] * (position < A(1) ? position : A(1)) +
              hinge[2] * (beyond > A(0) ? (beyond < A(1) ? beyond : A(1)) : A(0));
     }
-    const int last = int(p.weight_length) - 1, at = int(position);
-    const int lower = at < last ? at : last, upper = lower < last ? lower + 1 : last;
-    return weight[lower] + (position - A(lower)) * (weight[upper] - weight[lower]);
+    const int last = int(p.weight_length) - 1;
+    const TableEntry<A> place = table_entry(reading, scale, last);
+    const int upper = place.lower < last ? place.lower + 1 : last;
+    return weight[place.lower] + place.fraction * (weight[upper] - weight[place.lower]);
   }
 
   // Of a reading as it is stored, in the channel numbered `c` of the stream.
@@ -174,10 +194,10 @@ struct MergeTables {
         terms.response = value > A(0) ? value * A(1 / kMergeMax<T>) : A(kSmallestResponse);
         terms.slope = value > A(0) && value < kTop ? A(1) : A(0);
       } else {
-        const A position = value * A(double(p.curve_length - 1) / kMergeMax<T>);
-        const int last = int(p.curve_length) - 1, at = int(position);
-        terms.lower = at < last ? at : last;
-        terms.fraction = position - A(terms.lower);
+        const int last = int(p.curve_length) - 1;
+        const TableEntry<A> place = table_entry(value, double(p.curve_length - 1) / kMergeMax<T>, last);
+        terms.lower = place.lower;
+        terms.fraction = place.fraction;
         const A* segment = curve + int64_t(c) * channel + terms.lower;
         const A low = positive_response(segment[0]);
         const A high = terms.lower < last ? positive_response(segment[1]) : low;

@@ -103,8 +103,10 @@ template class MergePlan<float>;
 template class MergePlan<double>;
 
 int64_t merge_block_length(int64_t channels, bool interleaved) {
-  constexpr int64_t target = 512;
-  return interleaved ? channels * std::max<int64_t>(1, target / channels) : target;
+  constexpr int64_t target = 512, lanes = 16;
+  if (!interleaved) return target;
+  const int64_t whole = channels * lanes;  // whole vectors too, but for so many channels that a block would be long
+  return whole <= target ? whole * (target / whole) : channels * std::max<int64_t>(1, target / channels);
 }
 
 MergeTasks merge_tasks(int64_t batch, int64_t channels, int64_t pixels, bool interleaved, int64_t least) {

@@ -17,6 +17,7 @@
 // group. Memory of a thread: rows * (outputs + 2 * column_stride) reals, 0.2 MB for 64 channels; a partial sum is as
 // large as the weight.
 #include "common/gemm.h"
+#include "common/rows.h"
 #include "deform_conv2d/plan.h"
 
 namespace hdrops {
@@ -215,11 +216,11 @@ struct Backward {
         if (p.channels_last) {
           const T* pixel = source + tile.pixel(p, row) * p.out_channels + first_output;
           for (int64_t i = 0; i < tile.width; ++i) {
-            read_row(pixel + i * p.out_channels, tiling.group_outputs, target + i * tiling.outputs);
+            widen_row(pixel + i * p.out_channels, tiling.group_outputs, target + i * tiling.outputs);
           }
         } else {
-          transpose(source + first_output * pixels + tile.pixel(p, row), pixels, target, tiling.outputs,
-                    tiling.group_outputs, tile.width);
+          copy_transposed(source + first_output * pixels + tile.pixel(p, row), pixels, target, tiling.outputs,
+                          tiling.group_outputs, tile.width);
         }
       }
     }
@@ -281,7 +282,7 @@ struct Backward {
     Real grad_y[kMaxTile], grad_x[kMaxTile], grad_mask[kMaxTile];
     for (int64_t i = 0; i < tile.count(); i += lanes) {
       auto y = load<lanes>(plan.y + i), x = load<lanes>(plan.x + i), mask = load<lanes>(plan.mask + i);
-      auto inside = inside_grid(y, height) & inside_grid(x, width);
+      auto inside = both(inside_grid(y, height), inside_grid(x, width));
       auto v = sample_axis<vec<Real, lanes>, Cells>(inside ? y : zero, rows);
       auto h = sample_axis<vec<Real, lanes>, Cells>(inside ? x : zero, columns);
       auto d00 = load<lanes>(dots[0] + i), d01 = load<lanes>(dots[1] + i);
@@ -500,9 +501,9 @@ struct UnpackGradient {
     for (int64_t group = 0; group < p.offset_groups; ++group, source += channels.plane) {
       if (p.channels_last) {
         T* pixel = target + first * p.in_channels + group * width;
-        for (int64_t i = 0; i < count; ++i) write_row(source + i * channels.padded, width, pixel + i * p.in_channels);
+        for (int64_t i = 0; i < count; ++i) narrow_row(source + i * channels.padded, width, pixel + i * p.in_channels);
       } else {
-        transpose(source, channels.padded, target + group * width * pixels + first, pixels, count, width);
+        copy_transposed(source, channels.padded, target + group * width * pixels + first, pixels, count, width);
       }
     }
   }

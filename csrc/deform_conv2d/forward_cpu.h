@@ -14,6 +14,7 @@
 // table of hdrops/testing.py knows as `factor`.
 #include "common/gemm.h"
 #include "common/gemm_bf16.h"
+#include "common/rows.h"
 #include "deform_conv2d/plan.h"
 
 namespace hdrops {
@@ -149,14 +150,23 @@ struct Forward {
         if (p.channels_last) {
           T* target = output + tile.pixel(p, row) * p.out_channels + first_output;
           for (int64_t i = 0; i < tile.width; ++i) {
-            write_row(source + i * tiling.outputs, tiling.group_outputs, target + i * p.out_channels);
+            narrow_row(source + i * tiling.outputs, tiling.group_outputs, target + i * p.out_channels);
           }
         } else {
-          transpose(source, tiling.outputs, output + first_output * pixels + tile.pixel(p, row), pixels, tile.width,
-                    tiling.group_outputs);
+          copy_transposed(source, tiling.outputs, output + first_output * pixels + tile.pixel(p, row), pixels,
+                          tile.width, tiling.group_outputs);
         }
       }
     }
+  }
+
+  // Fetches the lines that a row of the tile will be written to in the planes of the output: short pieces far apart,
+  // which no prefetcher of the processor foresees.
+  void fetch_output(const Tile& tile, int64_t row) const {
+    const Params& p = params;
+    if (p.channels_last) return;
+    const T* output = static_cast<const T*>(p.output) + tile.image * p.out_channels * p.out_pixels();
+    fetch_planes(output + tile.pixel(p, row), p.out_pixels(), p.out_channels, tile.width);
   }
 
   int64_t tiles_per_image() const { return tiling.across * ceil_div(params.out_height, tiling.height); }
@@ -170,9 +180,11 @@ struct Forward {
     Column* columns = reinterpret_cast<Column*>(result + tiling.rows * tiling.outputs);
     Anchors<Real> anchors;
     anchors.set(self.params, tile);
+    int64_t fetched = 0;
     for (int64_t tap = 0; tap < self.params.taps(); tap += tiling.taps) {
       int64_t taps = self.params.taps() - tap < tiling.taps ? self.params.taps() - tap : tiling.taps;
       self.gather_columns(tile, anchors, tap, taps, columns);
+      for (; fetched < tile.height * (tap + taps) / self.params.taps(); ++fetched) self.fetch_output(tile, fetched);
       self.multiply(tile.rows(), columns, tap, taps, result);
     }
     self.add_bias(tile.count(), result);

@@ -14,19 +14,17 @@ using deform_conv2d::Params;
 
 // Coordinates and sums are kept in Real, and Cell is the integer of its width.
 template <class T>
-struct WideOf {
-  using Real = float;
-  using Cell = int32_t;
+using real_t = wide_t<T>;
+template <class Real>
+struct CellOf {
+  using type = int32_t;
 };
 template <>
-struct WideOf<double> {
-  using Real = double;
-  using Cell = int64_t;
+struct CellOf<double> {
+  using type = int64_t;
 };
 template <class T>
-using real_t = typename WideOf<T>::Real;
-template <class T>
-using cell_t = typename WideOf<T>::Cell;
+using cell_t = typename CellOf<real_t<T>>::type;
 
 constexpr int kMaxTile = 96;  // a multiple of kGemmRows and of every vector length
 
@@ -143,22 +141,6 @@ struct Window {
   int64_t begin, end;
 };
 
-template <class Real, class S>
-void read_row(const S* source, int64_t count, Real* target) {
-  constexpr int lanes = kLanes<Real>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store<lanes>(target + i, load_wide<lanes>(source + i));
-  for (; i < count; ++i) target[i] = widen(source[i]);
-}
-
-template <class Real, class S>
-void write_row(const Real* source, int64_t count, S* target) {
-  constexpr int lanes = kLanes<Real>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store_narrow<lanes>(target + i, load<lanes>(source + i));
-  for (; i < count; ++i) narrow(source[i], target + i);
-}
-
 // A vector of a row of which `left` elements are left; lanes beyond them are 0.
 template <int N, class Real, class S>
 HDROPS_HD vec<Real, N> load_up_to(const S* source, int64_t left) {
@@ -174,9 +156,9 @@ void write_tile(const Params& p, const Tile& tile, const Real* source, void* ten
   for (int64_t row = 0; row < tile.height; ++row, source += tile.width) {
     int64_t at = plane + tile.pixel(p, row);
     if (is_real) {
-      write_row(source, tile.width, static_cast<Real*>(tensor) + at);
+      narrow_row(source, tile.width, static_cast<Real*>(tensor) + at);
     } else {
-      write_row(source, tile.width, static_cast<T*>(tensor) + at);
+      narrow_row(source, tile.width, static_cast<T*>(tensor) + at);
     }
   }
 }
@@ -239,7 +221,7 @@ void make_plan(const Params& p, const Channels& channels, const Tile& tile, cons
       auto x =
           offsets.template load_at<lanes>(offset_plane + pixels + at, left) + (load<lanes>(anchors.x + column) + tap_x);
       auto mask = masks.template load_at<lanes>(mask_plane + at, left);
-      auto inside = inside_grid(y, height) & inside_grid(x, width);
+      auto inside = both(inside_grid(y, height), inside_grid(x, width));
       auto vertical = sample_axis<Reals, Cells>(inside ? y : zero, rows_of_input);
       auto horizontal = sample_axis<Reals, Cells>(inside ? x : zero, columns_of_input);
       auto low = mask * vertical.weight_low, high = mask * vertical.weight_high;
@@ -248,7 +230,8 @@ void make_plan(const Params& p, const Channels& channels, const Tile& tile, cons
       auto column_low = __builtin_convertvector(horizontal.low, Indices) * column_step;
       auto column_high = __builtin_convertvector(horizontal.high, Indices) * column_step;
       auto counts = __builtin_convertvector(inside, Indices);
-      auto writable = counts & __builtin_convertvector((vertical.low >= first) & (vertical.high <= last), Indices);
+      auto in_window = both(vertical.low >= first, vertical.high <= last);
+      auto writable = counts & __builtin_convertvector(in_window, Indices);
       store<lanes>(plan.y + i, y);
       store<lanes>(plan.x + i, x);
       store<lanes>(plan.mask + i, mask);
@@ -301,80 +284,6 @@ void gather(const Channels& channels, const T* plane, const Plan<Real, Index>& p
   }
 }
 
-// Four elements of a row and, to make eight, four of the row four further on.
-template <int kRows, class From>
-HDROPS_HD auto load_quad(const From* source, int64_t stride) {
-  if constexpr (kRows == 4) {
-    return load_wide<4>(source);
-  } else {
-    return __builtin_shufflevector(load_wide<4>(source), load_wide<4>(source + 4 * stride), 0, 1, 2, 3, 4, 5, 6, 7);
-  }
-}
-
-// The first or last two elements of every quad of a, each before that of b.
-template <bool kHigh, int N, class V>
-HDROPS_HD V interleave_quads(V a, V b) {
-  constexpr int k = kHigh ? 2 : 0;
-  if constexpr (N == 4) {
-    return __builtin_shufflevector(a, b, k, 4 + k, k + 1, 5 + k);
-  } else {
-    return __builtin_shufflevector(a, b, k, 8 + k, k + 1, 9 + k, 4 + k, 12 + k, 5 + k, 13 + k);
-  }
-}
-
-// The first or last pair of every quad of a, each before that of b.
-template <bool kHigh, int N, class V>
-HDROPS_HD V interleave_pairs(V a, V b) {
-  constexpr int k = kHigh ? 2 : 0;
-  if constexpr (N == 4) {
-    return __builtin_shufflevector(a, b, k, k + 1, 4 + k, 5 + k);
-  } else {
-    return __builtin_shufflevector(a, b, k, k + 1, 8 + k, 9 + k, 4 + k, 5 + k, 12 + k, 13 + k);
-  }
-}
-
-// target[j, i] = source[i, j] for four or eight rows and four columns, converted.
-template <int kRows, class From, class To>
-HDROPS_HD void transpose_block(const From* source, int64_t source_stride, To* target, int64_t target_stride) {
-  auto a = load_quad<kRows>(source, source_stride), b = load_quad<kRows>(source + source_stride, source_stride);
-  auto c = load_quad<kRows>(source + 2 * source_stride, source_stride);
-  auto d = load_quad<kRows>(source + 3 * source_stride, source_stride);
-  auto ab_low = interleave_quads<false, kRows>(a, b), ab_high = interleave_quads<true, kRows>(a, b);
-  auto cd_low = interleave_quads<false, kRows>(c, d), cd_high = interleave_quads<true, kRows>(c, d);
-  store_narrow<kRows>(target, interleave_pairs<false, kRows>(ab_low, cd_low));
-  store_narrow<kRows>(target + target_stride, interleave_pairs<true, kRows>(ab_low, cd_low));
-  store_narrow<kRows>(target + 2 * target_stride, interleave_pairs<false, kRows>(ab_high, cd_high));
-  store_narrow<kRows>(target + 3 * target_stride, interleave_pairs<true, kRows>(ab_high, cd_high));
-}
-
-// target[j, i] = source[i, j], converted; rows and columns of the source. The inner loop runs along whichever side has
-// the larger stride, whose lines (often one per channel plane, all in the same cache sets) would not survive otherwise.
-template <class From, class To>
-void transpose(const From* source, int64_t source_stride, To* target, int64_t target_stride, int64_t rows,
-               int64_t columns) {
-  int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-  bool along_rows = source_stride > target_stride;
-  int64_t outer_end = along_rows ? whole_rows : whole_columns, outer_step = along_rows ? 8 : 4;
-  int64_t inner_end = along_rows ? whole_columns : whole_rows, inner_step = along_rows ? 4 : 8;
-  for (int64_t outer = 0; outer < outer_end; outer += outer_step) {
-    for (int64_t inner = 0; inner < inner_end; inner += inner_step) {
-      int64_t i = along_rows ? outer : inner, j = along_rows ? inner : outer;
-      const From* from = source + i * source_stride + j;
-      To* to = target + j * target_stride + i;
-      if (i + 8 <= whole_rows) {
-        transpose_block<8>(from, source_stride, to, target_stride);
-      } else {
-        transpose_block<4>(from, source_stride, to, target_stride);
-      }
-    }
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) {
-      narrow(widen(source[i * source_stride + j]), target + j * target_stride + i);
-    }
-  }
-}
-
 // The input in the layout of `channels`.
 template <class T>
 struct PackInput {
@@ -400,7 +309,7 @@ struct PackInput {
           __builtin_memcpy(target + i * channels.padded, pixel + i * p.in_channels, size_t(width) * sizeof(T));
         }
       } else {
-        transpose(source + group * width * pixels + first, pixels, target, channels.padded, width, count);
+        copy_transposed(source + group * width * pixels + first, pixels, target, channels.padded, width, count);
       }
     }
   }

@@ -73,7 +73,7 @@ void pool(const global_context::Images& images, const T* input, const A* key, A 
     const A largest = largest_of(weights, block.count) + key_offset;
     partial[images.channels] = largest;
     partial[images.channels + 1] = exponentials(weights, block.count, largest);
-    layout.weighted_sums(x, block.count, weights, partial);
+    layout.weighted_sums(x, block.count, weights, partial, layout.offset(images.block_pixels));
   }
 }
 
@@ -144,7 +144,8 @@ void run_logit_gradients(const global_context::Images& images, const Layout& lay
     logit_gradients(weights + at, slopes + at, count, image);
     if (key_partials != nullptr) {
       const int64_t block = run.image * images.blocks() + (run.first + at) / images.block_pixels;
-      layout.weighted_sums(x, count, slopes + at, key_partials + block * images.channels);
+      layout.weighted_sums(x, count, slopes + at, key_partials + block * images.channels,
+                           layout.offset(images.block_pixels));
     }
   }
 }

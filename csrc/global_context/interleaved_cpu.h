@@ -81,11 +81,13 @@ struct Interleaved {
   HDROPS_HD void sum_pixels(const F& terms, int64_t count, A* sums) const {
     int64_t c = 0;
     for (; c + 8 * L <= channels; c += 8 * L) sum_channels<L, 8>(terms, count, c, sums);
+    for (; c + 4 * L <= channels; c += 4 * L) sum_channels<L, 4>(terms, count, c, sums);
     for (; c + L <= channels; c += L) sum_channels<L, 1>(terms, count, c, sums);
     for (; c < channels; ++c) sum_channels<1, 1>(terms, count, c, sums);
   }
 
-  void weighted_sums(const T* x, int64_t count, const A* weights, A* sums) const {
+  // What lies ahead follows on in memory, and is fetched without being asked for.
+  void weighted_sums(const T* x, int64_t count, const A* weights, A* sums, int64_t) const {
     sum_pixels(Weighted{x, weights, channels}, count, sums);
   }
 

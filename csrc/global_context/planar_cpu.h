@@ -65,13 +65,16 @@ struct Planar {
   }
 
   template <int Rows>
-  HDROPS_HD void sum_rows(const T* x, int64_t count, const A* weights, A* sums) const {
+  HDROPS_HD void sum_rows(const T* x, int64_t count, const A* weights, A* sums, int64_t ahead) const {
     vec<A, L> total[4] = {};
     A tail[4] = {};
     int64_t p = 0;
     for (; p + L <= count; p += L) {
       auto weight = load<L>(weights + p);
-      for (int r = 0; r < Rows; ++r) total[r] += weight * load_wide<L>(x + r * plane + p);
+      for (int r = 0; r < Rows; ++r) {
+        __builtin_prefetch(x + r * plane + p + ahead, 0, 2);
+        total[r] += weight * load_wide<L>(x + r * plane + p);
+      }
     }
     for (; p < count; ++p) {
       for (int r = 0; r < Rows; ++r) tail[r] += weights[p] * widen(x[r * plane + p]);
@@ -81,13 +84,14 @@ struct Planar {
     for (int r = 0; r < Rows; ++r) sums[r] = whole[r] + tail[r];
   }
 
-  // sums[c] = sum over p of weights[p] x(c, p).
-  void weighted_sums(const T* x, int64_t count, const A* weights, A* sums) const {
+  // sums[c] = sum over p of weights[p] x(c, p). These pixels come from the second-level cache, which leaves the memory
+  // time to fetch those that lie `ahead` of them.
+  void weighted_sums(const T* x, int64_t count, const A* weights, A* sums, int64_t ahead) const {
     int64_t c = 0;
     for (; c + kTogether <= channels; c += kTogether) {
-      sum_rows<kTogether>(x + c * plane, count, weights, sums + c);
+      sum_rows<kTogether>(x + c * plane, count, weights, sums + c, ahead);
     }
-    for (; c < channels; ++c) sum_rows<1>(x + c * plane, count, weights, sums + c);
+    for (; c < channels; ++c) sum_rows<1>(x + c * plane, count, weights, sums + c, ahead);
   }
 
   // sums[c] = sum over p of g(c, p), with x of g(c, p) x(c, p).

@@ -5,15 +5,6 @@ namespace HDROPS_ISA {
 
 using patch_match::Features;
 
-// Fetches `count` elements in each of many planes: short pieces far apart, which no prefetcher of the processor
-// foresees.
-template <class T>
-void fetch_planes(const T* data, int64_t plane, int64_t planes, int64_t count) {
-  for (int64_t c = 0; c < planes; ++c) {
-    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + c * plane + i, 0, 2);
-  }
-}
-
 // The element after which a feature map's row y of one channel (contiguous) or of all (channels last) begins.
 inline int64_t row_begin(const Features& f, int64_t channels, int64_t image, int64_t y) {
   return f.channels_last ? (image * f.height + y) * f.width * channels

@@ -3,6 +3,7 @@
 from hdrops.camera.calibration import estimate_crf
 from hdrops.camera.curves import invert_curve, monotone_from_middle, monotone_repair, resample_curve
 from hdrops.camera.debevec import solve_debevec
+from hdrops.camera.deghost import Deghosted, deghost
 from hdrops.camera.emor import EMoR
 from hdrops.camera.response_files import load_response, save_response
 from hdrops.camera.robertson import solve_robertson
@@ -10,7 +11,9 @@ from hdrops.camera.sampling import sample_stack
 from hdrops.camera.tonemap import drago, expose, luminance, mu_law, mu_law_inverse, reinhard, srgb_decode, srgb_encode
 
 __all__ = [
+    "Deghosted",
     "EMoR",
+    "deghost",
     "drago",
     "estimate_crf",
     "expose",
