@@ -42,9 +42,9 @@ Where the paper is not followed to the letter, and why:
 
 Memory of matching, from the shapes: of a 1000 x 1500 image the features of both images are 2 x (64 x 1000 x 1500 +
 128 x 500 x 750 + 256 x 250 x 375) floats, 1.34 GB in float32 and half in bfloat16; the matches 12 bytes for each of the
-1,968,750 sites, 24 MB; the candidates' norms 8 MB. Nothing grows with the window or with the square of the image: the
-correlation of all pairs at the coarsest scale alone would take 35 GB, the unfolded 3x3 patches of one coarsest map
-0.86 GB.
+1,968,750 sites, 24 MB; the candidates' norms 8 MB. The features are channels last, so that the kernels need no copy of
+them. Nothing grows with the window or with the square of the image: the correlation of all pairs at the coarsest scale
+alone would take 35 GB, the unfolded 3x3 patches of one coarsest map 0.86 GB.
 """
 
 from collections.abc import Sequence
@@ -58,8 +58,8 @@ from torch import Tensor, nn
 import hdrops
 from hdrops.camera import mu_law
 from hdrops.models import losses
-from hdrops.models._blocks import ChannelAttentionBlock, start_by_xavier
-from hdrops.models._system import System, check_images, crop_to, pad_to_multiple
+from hdrops.models._blocks import ChannelAttentionBlock, OutputConv2d, start_by_xavier
+from hdrops.models._system import System, check_images, crop_to, exposure_ratios, pad_to_multiple
 from hdrops.models.backbones import VGG, imagenet_normalize
 from hdrops.models.operations import PaperRow
 
@@ -156,15 +156,6 @@ def to_radiance(images: Tensor, times: Tensor, gamma: float = 2.2) -> Tensor:
     return images.to(dtype).clamp_min(0).pow(gamma) / times.reshape(-1, times.shape[-1], 1, 1, 1)
 
 
-def relative_times(log_exposures: Tensor) -> Tensor:
-    """Exposure times of which the shortest is 1, from natural logarithms [P] sorted upwards.
-
-    With them H_k lies in [0, 1], 1 being what saturates even the shortest exposure: the range of the network's output.
-    A target of training must have the same unit.
-    """
-    return (log_exposures - log_exposures[0]).exp()
-
-
 class Encoder(nn.Module):
     """F_enc: two channel attention blocks at each scale, bilinear halving between. [N, C, H, W] -> fine to coarse."""
 
@@ -218,8 +209,10 @@ class TextureMatching(nn.Module):
             level = level.clamp_max(1)
         if self.config.vgg_curve == "mu":
             level = mu_law(level, self.config.mu)
+        # Channels last goes on to the features, of which matching then needs no copy.
+        level = level.to(next(self.vgg.parameters()).dtype, memory_format=torch.channels_last)
         with torch.no_grad():
-            found: list[Tensor] = self.vgg(imagenet_normalize(level.to(next(self.vgg.parameters()).dtype)))
+            found: list[Tensor] = self.vgg(imagenet_normalize(level))
         return found
 
     def match(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
@@ -247,12 +240,13 @@ class APNTFusion(System):
         H_out [N, 3, H, W], linear, in the unit of images^gamma / times. Any H and W: padded inside to multiples of 4
         by reflection.
 
-    The network is made for H in [0, 1] and can give at most 2: choose the unit of times so that the brightest radiance
-    is 1, as :func:`relative_times` does, and the target of training in the same unit. ``predict`` does so, clamps to
-    [0, 1] and gives the result in the middle exposure's unit.
+    The network is made for H in [0, 1], and can give at most 2. ``prepare`` therefore gives the shortest exposure the
+    time 1, so that what saturates even that one is 1; ``encode_target`` and ``decode`` go to that unit and back to the
+    middle exposure's, as training and ``predict`` need it.
 
-    Features follow the weights' dtype and autocast; H, masks and the output are never below float32. With weights in
-    channels_last the whole network runs in it. ``torch.compile`` finds no graph breaks.
+    Features follow the weights' dtype and autocast. H, the output and the convolutions that it is made by stay in
+    float32 under autocast. With weights in channels_last the whole network runs in it. ``torch.compile`` finds no graph
+    breaks.
 
     The state dict has the names of the parts (``extract.weight``, ``encoder.levels.0.1.body.2.bias``, ...); those of
     VGG, under ``matching.vgg.features``, are torchvision's. A part that a configuration does not use is not there.
@@ -295,11 +289,11 @@ class APNTFusion(System):
         self.enlarge1 = _doubling(channels)
         self.scale1 = attention(config.scale_attention)
         self.scale0 = attention(config.scale_attention)
-        self.reweight = _two_convs(channels, channels // 2, 3)
+        self.reweight = _two_convs(channels, channels // 2, 3, OutputConv2d)
         self.merge = nn.Sequential(
             nn.Conv2d(6 * channels, channels, 3, padding=1),
             *(ChannelAttentionBlock(channels, reduction) for _ in range(config.blocks)),
-            nn.Conv2d(channels, 3, 3, padding=1),
+            OutputConv2d(channels, 3, 3, padding=1),
         )
         start_by_xavier(self)
         # After that: VGG has its own start.
@@ -310,7 +304,7 @@ class APNTFusion(System):
 
         Args:
             images: sorted by exposure, the shortest first.
-            times: exposure times, positive and rising; their values are not looked at.
+            times: exposure times, positive and rising; their values are not looked at (``prepare`` does).
 
         Raises:
             ValueError: images that are not three frames of RGB, times of another shape.
@@ -324,15 +318,9 @@ class APNTFusion(System):
         level = self.config.saturation**self.config.gamma
         white = level / times.to(radiance)[..., 1].reshape(-1, 1, 1, 1)
 
-        short, middle, long = self._extract(codes, radiance)
-        motion_short, motion_long = _logits(self.motion_short, short, middle), _logits(self.motion_long, long, middle)
-        fused = torch.cat((middle, _gated(short, motion_short), _gated(long, motion_long)), 1)
+        fused, encoded = self._streams(codes, radiance, white)
         saturation = self.saturation(self._saturated(radiance[:, 1], white)).sigmoid()
-        if self.matching is None:
-            encoded = self.encoder(middle)
-        else:
-            encoded = self._transfer(radiance, white, self._clues(radiance[:, 0], white, short, motion_short), middle)
-        merged = self._blend(encoded, saturation, fused)
+        merged = self.merge(self._blended(encoded, saturation, fused))
         kept = radiance[:, 1] * (1 - self.reweight(saturation).sigmoid())
         output = kept + merged.sigmoid() if self.config.sigmoid == "merge" else (kept + merged).sigmoid()
         return crop_to(output, size)
@@ -349,6 +337,30 @@ class APNTFusion(System):
         """
         return losses.mu_law_l1(output, target, self.config.mu)
 
+    @staticmethod
+    def prepare(images: Tensor, log_exposures: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of ``forward``: the images, and times [1 or N, 3] relative to the shortest.
+
+        Args:
+            images: float codes [N, 3, 3, H, W] in [0, 1], by ascending exposure.
+            log_exposures: natural logarithms of seconds, [3] or [N, 3], ascending.
+
+        Raises:
+            ValueError: another shape, or exposures that do not ascend. TypeError: images that are not floating point.
+        """
+        check_images(APNTFusion.name, images, APNTFusion.frames)
+        return images, exposure_ratios(APNTFusion.name, log_exposures, images, reference=0).flatten(1)
+
+    @staticmethod
+    def encode_target(radiance: Tensor, log_exposures: Tensor) -> Tensor:
+        """The target of :meth:`loss` for radiance [N, 3, H, W] relative to the middle exposure; clamped to [0, 1]."""
+        return (radiance / _middle(radiance, log_exposures)).clamp(0, 1)
+
+    @staticmethod
+    def decode(output: Tensor, log_exposures: Tensor) -> Tensor:
+        """Radiance [N, 3, H, W] relative to the middle exposure from H_out, which is clamped to [0, 1] first."""
+        return output.clamp(0, 1) * _middle(output, log_exposures)
+
     def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Any, ...]:
         if not part:
             return torch.rand(1, 3, 3, height, width), torch.tensor([1.0, 4.0, 16.0])
@@ -364,23 +376,28 @@ class APNTFusion(System):
         return (torch.rand(1, channels[part], height, width),)
 
     def _predict(self, images: Tensor, log_exposures: Tensor) -> Tensor:
-        times = relative_times(log_exposures)
-        radiance: Tensor = self(images, times).clamp(0, 1)
-        return radiance * times[1].to(radiance)
+        return self.decode(self(*self.prepare(images, log_exposures)), log_exposures)
 
     def _check_times(self, images: Tensor, times: Tensor) -> None:
         if not times.is_floating_point():
             raise TypeError(f"{self.name}: times must be floating point, got {times.dtype}")
-        if times.shape not in ((self.frames,), (images.shape[0], self.frames)):
+        if times.shape not in ((self.frames,), (1, self.frames), (images.shape[0], self.frames)):
             raise ValueError(
                 f"{self.name}: times must be [{self.frames}] or [{images.shape[0]}, {self.frames}] exposure times, got "
                 f"shape {list(times.shape)} (images shape {list(images.shape)})"
             )
 
-    def _extract(self, codes: Tensor, radiance: Tensor) -> list[Tensor]:
-        """F_s, F_m and F_l."""
+    def _streams(self, codes: Tensor, radiance: Tensor, white: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The two streams: F_mef, Eq. 4, and F_swp, fine to coarse; without transfer Phi(F_m) instead."""
         seen = radiance if self.config.inputs == "radiance" else torch.cat((codes.to(radiance), radiance), 2)
-        return [F.leaky_relu(self.extract(x), _SLOPE) for x in seen.to(self.extract.weight.dtype).unbind(1)]
+        frames = seen.to(self.extract.weight.dtype).unbind(1)
+        short, middle, long = (F.leaky_relu(self.extract(frame), _SLOPE) for frame in frames)
+        motion_short, motion_long = _logits(self.motion_short, short, middle), _logits(self.motion_long, long, middle)
+        fused = torch.cat((middle, _gated(short, motion_short), _gated(long, motion_long)), 1)
+        if self.matching is None:
+            return fused, self.encoder(middle)
+        clues = self._clues(radiance[:, 0], white, short, motion_short)
+        return fused, self._transfer(radiance, white, clues, middle)
 
     def _saturated(self, radiance: Tensor, white: Tensor) -> Tensor:
         """The mask [N, 1, H, W] of pixels that the middle exposure clips in at least one channel, as 0 and 1."""
@@ -413,8 +430,8 @@ class APNTFusion(System):
             swapped = [torch.where(*choice) for choice in zip(masks, swapped, targets, strict=True)]
         return swapped
 
-    def _blend(self, encoded: Sequence[Tensor], saturation: Tensor, fused: Tensor) -> Tensor:
-        """N_mef's output before the sigmoid, Eq. 10 to 13."""
+    def _blended(self, encoded: Sequence[Tensor], saturation: Tensor, fused: Tensor) -> Tensor:
+        """What N_mef sees, Eq. 10 to 13."""
         fine, half, quarter = self.decoder(encoded)
         half, quarter = self.enlarge1(half), self.enlarge2(quarter)
         blended = (
@@ -422,15 +439,19 @@ class APNTFusion(System):
             _gated(half, _logits(self.scale1, quarter, half)),
             _gated(fine, _logits(self.scale0, half, fine)),
         )
-        merged: Tensor = self.merge(torch.cat((*blended, fused), 1))
-        return merged
+        return torch.cat((*blended, fused), 1)
 
 
-def _two_convs(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def _middle(image: Tensor, log_exposures: Tensor) -> Tensor:
+    """t_m / t_s, [1 or N, 1, 1, 1]: radiance relative to the middle exposure is that times H."""
+    stack = image[:, None].expand(-1, APNTFusion.frames, -1, -1, -1)
+    return exposure_ratios(APNTFusion.name, log_exposures, stack, reference=0)[:, 1]
+
+
+def _two_convs(inputs: int, hidden: int, outputs: int, last: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:
     """The form of every attention module: its logits, without the sigmoid."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, hidden, 3, padding=1), nn.LeakyReLU(_SLOPE), nn.Conv2d(hidden, outputs, 3, padding=1)
-    )
+    first = nn.Conv2d(inputs, hidden, 3, padding=1)
+    return nn.Sequential(first, nn.LeakyReLU(_SLOPE), last(hidden, outputs, 3, padding=1))
 
 
 def _two_blocks(channels: int, reduction: int) -> nn.Sequential:
