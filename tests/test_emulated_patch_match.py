@@ -237,6 +237,13 @@ def test_blocks_that_share_a_tile_choose_the_same(patch: int, device) -> None:
     cases.assert_matches(query, key, (12, 10), patch=patch)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_the_oldest_gpu(dtype: torch.dtype, emulated: ModuleType) -> None:
+    emulated.set_device(compute_capability=75, multiprocessors=1)
+    cases.assert_matches(features(1, 6, 9, 13, dtype=dtype), features(1, 6, 9, 13, dtype=dtype, seed=1), 2)
+    cases.test_gradients_equal_the_reference(dtype, 3, "both")
+
+
 @pytest.mark.parametrize("with_centers", [False, True])
 def test_any_order_of_threads_gives_the_same_bits(with_centers: bool, emulated: ModuleType, device) -> None:
     query, key = features(1, 9, 18, 34, dtype=torch.float32), features(1, 9, 18, 34, dtype=torch.float32, seed=1)

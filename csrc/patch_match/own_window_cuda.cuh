@@ -11,7 +11,7 @@ namespace hdrops::patch_match {
 constexpr int kSearchThreads = 128;
 
 template <class T>
-__global__ void __launch_bounds__(kSearchThreads)
+__global__ void __launch_bounds__(kSearchThreads, 4)
     search_around_centers(FeatureMap<T> query, FeatureMap<T> key, const device_acc_t<T>* key_scale,
                           const int64_t* centers, MatchTarget<T> target, int reach, int candidates, int lanes,
                           int64_t sites) {

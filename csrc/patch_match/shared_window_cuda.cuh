@@ -13,9 +13,10 @@
 //       scale and keeps the best.
 //
 // Where there are fewer blocks than the GPU can hold, several share a tile's passes, and a small kernel chooses between
-// their matches. Doubles have 4 pixels, 4 x 4 displacements. Shared memory: 51 KB (64 KB with doubles), one block on a
-// multiprocessor by its 128 registers a thread. In a row of 36 or 44 floats the 16-byte reads of 4 lanes along it and
-// of the two rows beside fall into different banks.
+// their matches. With doubles a block has 256 threads, 32 x 8 pixels, and a pass 4 x 4 displacements, 4 pixels and 4
+// displacements a thread. Shared memory: 54 KB (46 KB with doubles), one block on a multiprocessor by its 128 registers
+// a thread. In a row of 36 or 44 floats the 16-byte reads of 4 lanes along it and of the two rows beside fall into
+// different banks.
 #pragma once
 #include "patch_match/features_cuda.cuh"
 
@@ -23,14 +24,14 @@ namespace hdrops::patch_match {
 
 template <class Real>
 struct WindowShape {
-  static constexpr int kThreads = 512;
-  static constexpr int kWidth = 32, kHeight = 16;               // products of a block
-  static constexpr int kPixels = sizeof(Real) == 8 ? 4 : 8;     // of a thread, along a row
-  static constexpr int kShifts = kPixels;                       // displacements of a thread
-  static constexpr int kAcross = kWidth / kPixels;              // threads of a row
-  static constexpr int kRows = kThreads / (kAcross * kHeight);  // rows of displacements in a pass
-  static constexpr int kVector = kVector16<Real>;               // of shared memory
-  static constexpr int kQueryPitch = kWidth + kVector;          // elements from row to row
+  static constexpr int kThreads = sizeof(Real) == 8 ? 256 : 512;
+  static constexpr int kWidth = 32, kHeight = kThreads / kWidth;  // products of a block
+  static constexpr int kPixels = sizeof(Real) == 8 ? 4 : 8;       // of a thread, along a row
+  static constexpr int kShifts = kPixels;                         // displacements of a thread
+  static constexpr int kAcross = kWidth / kPixels;                // threads of a row
+  static constexpr int kRows = kThreads / (kAcross * kHeight);    // rows of displacements in a pass
+  static constexpr int kVector = kVector16<Real>;                 // of shared memory
+  static constexpr int kQueryPitch = kWidth + kVector;            // elements from row to row
   static constexpr int kKeyWidth = kWidth + kShifts, kKeyHeight = kHeight + kRows - 1;
   static constexpr int kKeyPitch = kKeyWidth + kVector;
   static constexpr int kQueryPlane = kHeight * kQueryPitch, kKeyPlane = kKeyHeight * kKeyPitch;
@@ -41,6 +42,7 @@ struct WindowShape {
   static constexpr int kPart = kBuffer > kBoxes ? kBuffer : kBoxes;  // of shared memory, twice; then the best matches
   static constexpr size_t kSharedBytes = 2 * sizeof(Real) * kPart + kThreads * (sizeof(Real) + sizeof(int));
   static_assert(kWidth * kHeight == kThreads && 32 % kAcross == 0);
+  static_assert(kSharedBytes <= 64 << 10);  // what sm_75 has
 };
 
 template <class T>
@@ -87,7 +89,7 @@ struct WindowLoader {
   // The query's tile begins at (top, left), the key's at (key_top, key_left).
   __device__ __forceinline__ void begin(const WindowSearch<T>& s, int64_t image, int top, int left, int key_top,
                                         int key_left) {
-    const int thread = int(threadIdx.x);
+    const int thread = computed_again(int(threadIdx.x));
     int y = thread / Shape::kWidth, x = thread % Shape::kWidth;
     query_place = y * Shape::kQueryPitch + x;
     query = s.query.pixel(image, top + y, left + x);
@@ -155,8 +157,8 @@ struct ProductThread {
   using Shape = WindowShape<Real>;
   int shift_row, row, column;
 
-  __device__ __forceinline__ static ProductThread mine() {
-    const int thread = int(threadIdx.x), line = thread / Shape::kAcross;
+  __device__ __forceinline__ static ProductThread of(int thread) {
+    const int line = thread / Shape::kAcross;
     return {line / Shape::kHeight, line % Shape::kHeight, thread % Shape::kAcross * Shape::kPixels};
   }
   // Adds the products of a channel of the buffer.
@@ -202,8 +204,33 @@ struct ProductThread {
   }
 };
 
+// Adds the products of a pass over all channels. The query's tile begins at (top, left).
+template <class T, class Real = device_acc_t<T>, class Shape = WindowShape<Real>>
+__device__ __forceinline__ void add_products(const WindowSearch<T>& s, int64_t image, int top, int left, int first_dy,
+                                             int first_dx, Real* memory, Real (&sum)[Shape::kShifts][Shape::kPixels]) {
+  const auto mine = ProductThread<Real>::of(computed_again(int(threadIdx.x)));
+  WindowLoader<T> loader;
+  loader.begin(s, image, top, left, top + first_dy, left + first_dx);
+#pragma unroll
+  for (int step = 0; step < kChannels; ++step) loader.load(s, 0, step), loader.store(s, memory, step);
+  __syncthreads();
+  int buffer = 0;
+  for (int channel = 0; channel < s.query.channels; channel += kChannels) {
+    const bool more = channel + kChannels < s.query.channels;
+    const Real* now = memory + buffer * Shape::kPart;
+    buffer = 1 - buffer;
+#pragma unroll
+    for (int step = 0; step < kChannels; ++step) {
+      if (more) loader.load(s, channel + kChannels, step);
+      mine.multiply(now, step, sum);
+      if (more) loader.store(s, memory + buffer * Shape::kPart, step);
+    }
+    __syncthreads();
+  }
+}
+
 template <class T, int kReach>
-__global__ void __launch_bounds__(512, 1) search_own_position(WindowSearch<T> s) {
+__global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) search_own_position(WindowSearch<T> s) {
   using Real = device_acc_t<T>;
   using Shape = WindowShape<Real>;
   constexpr int kSitesAcross = Shape::kWidth - 2 * kReach, kSitesDown = Shape::kHeight - 2 * kReach;
@@ -213,48 +240,31 @@ __global__ void __launch_bounds__(512, 1) search_own_position(WindowSearch<T> s)
   const int top = tile / s.tiles_x % s.tiles_y * kSitesDown, left = tile % s.tiles_x * kSitesAcross;
   const int height = s.key.height, width = s.key.width, radius_y = s.target.radius_y, radius_x = s.target.radius_x;
 
-  const auto mine = ProductThread<Real>::mine();
-  const int pixel_y = top - kReach + mine.row, pixel_x = left - kReach + mine.column;
-  const int site_y = top + int(threadIdx.x) / kSitesAcross, site_x = left + int(threadIdx.x) % kSitesAcross;
-  const bool has_site = int(threadIdx.x) < kSitesAcross * kSitesDown && site_y < height && site_x < width;
   // The best match waits in shared memory while the products need all registers.
-  Real* best_score = memory + 2 * Shape::kPart + threadIdx.x;
-  int* best_place = reinterpret_cast<int*>(memory + 2 * Shape::kPart + Shape::kThreads) + threadIdx.x;
-  *best_score = -Real(INFINITY), *best_place = Best<Real>::kNone;
+  Real* best_score = memory + 2 * Shape::kPart;
+  int* best_place = reinterpret_cast<int*>(best_score + Shape::kThreads);
+  best_score[threadIdx.x] = -Real(INFINITY), best_place[threadIdx.x] = Best<Real>::kNone;
 
   const Range rows = visible(radius_y, top, top + kSitesDown - 1, height);
   const Range columns = visible(radius_x, left, left + kSitesAcross - 1, width);
   const int across = columns.passes(Shape::kShifts), passes = across * rows.passes(Shape::kRows);
-  const int first_pass = int(int64_t(passes) * split / s.splits);
   const int last_pass = int(int64_t(passes) * (split + 1) / s.splits);
-  for (int pass = first_pass; pass < last_pass; ++pass) {
+  for (int pass = int(int64_t(passes) * split / s.splits); pass < last_pass; ++pass) {
     const int first_dy = rows.first + pass / across * Shape::kRows;
     const int first_dx = columns.first + pass % across * Shape::kShifts;
     Real sum[Shape::kShifts][Shape::kPixels] = {};
-    {
-      WindowLoader<T> loader;
-      loader.begin(s, image, top - kReach, left - kReach, top - kReach + first_dy, left - kReach + first_dx);
-      __syncthreads();  // the boxes of the last pass are read
-#pragma unroll
-      for (int step = 0; step < kChannels; ++step) loader.load(s, 0, step), loader.store(s, memory, step);
-      __syncthreads();
-      int buffer = 0;
-      for (int channel = 0; channel < s.query.channels; channel += kChannels) {
-        const bool more = channel + kChannels < s.query.channels;
-        const Real* now = memory + buffer * Shape::kPart;
-        buffer = 1 - buffer;
-#pragma unroll
-        for (int step = 0; step < kChannels; ++step) {
-          if (more) loader.load(s, channel + kChannels, step);
-          mine.multiply(now, step, sum);
-          if (more) loader.store(s, memory + buffer * Shape::kPart, step);
-        }
-        __syncthreads();
-      }
-    }
-    Best<Real> best{*best_score, *best_place};
+    __syncthreads();  // the boxes of the last pass are read
+    add_products(s, image, top - kReach, left - kReach, first_dy, first_dx, memory, sum);
+
+    const int thread = computed_again(int(threadIdx.x));
+    const auto mine = ProductThread<Real>::of(thread);
+    const int pixel_y = top - kReach + mine.row, pixel_x = left - kReach + mine.column;
     const int key_y = pixel_y + first_dy + mine.shift_row;
     const bool row_inside = pixel_y >= 0 && pixel_y < height && key_y >= 0 && key_y < height;
+    const int site_row = thread / kSitesAcross, site_column = thread % kSitesAcross;
+    const int site_y = top + site_row, site_x = left + site_column;
+    const bool has_site = site_row < kSitesDown && site_y < height && site_x < width;
+    Best<Real> best{best_score[thread], best_place[thread]};
 #pragma unroll
     for (int shift = 0; shift < Shape::kShifts; ++shift) {
       Real* boxes = memory + shift % 2 * Shape::kPart;
@@ -268,21 +278,23 @@ __global__ void __launch_bounds__(512, 1) search_own_position(WindowSearch<T> s)
       __syncthreads();
       const int x = site_x + first_dx + shift;
       if (!has_site || x < 0 || x >= width || first_dx + shift > columns.last) continue;
-      const Real* from = boxes + (site_y - top) * Shape::kQueryPitch + site_x - left + kReach;
-      for (int line = 0; line < Shape::kRows; ++line) {
+      const Real* from = boxes + site_row * Shape::kQueryPitch + site_column + kReach;
+#pragma unroll 1
+      for (int line = 0; line < Shape::kRows; ++line, from += Shape::kHeight * Shape::kQueryPitch) {
         const int dy = first_dy + line, y = site_y + dy;
         if (y < 0 || y >= height || dy > rows.last) continue;
         Real score = 0;
 #pragma unroll
-        for (int k = 0; k <= 2 * kReach; ++k) score += from[(line * Shape::kHeight + k) * Shape::kQueryPitch];
+        for (int k = 0; k <= 2 * kReach; ++k) score += from[k * Shape::kQueryPitch];
         score *= scale_at(s.key_scale, (image * height + y) * width + x);
         best.offer(score, (dy + radius_y) * s.target.window_x + first_dx + shift + radius_x);
       }
     }
-    *best_score = best.score, *best_place = best.place;
+    best_score[thread] = best.score, best_place[thread] = best.place;
   }
-  if (!has_site) return;
-  const Best<Real> best{*best_score, *best_place};
+  const int site_y = top + int(threadIdx.x) / kSitesAcross, site_x = left + int(threadIdx.x) % kSitesAcross;
+  if (site_y >= min(top + kSitesDown, height) || site_x >= width) return;
+  const Best<Real> best{best_score[threadIdx.x], best_place[threadIdx.x]};
   const int64_t site = (image * height + site_y) * width + site_x;
   if (s.part_score == nullptr) return s.target.write(site, site_y, site_x, best);
   s.part_score[split * s.sites + site] = best.score;
