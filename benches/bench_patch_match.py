@@ -16,7 +16,7 @@ def shift_multiply_box(query: Tensor, key: Tensor, radius: int) -> tuple[Tensor,
     energy = F.avg_pool2d(key.square().sum(1, keepdim=True), 3, 1, 1, divisor_override=1)
     scale = F.pad(1 / energy.sqrt().clamp_min(1e-5), (radius,) * 4, value=float("nan"))
     padded = F.pad(key, (radius,) * 4)
-    place = torch.arange(height * width).reshape(1, 1, height, width)
+    place = torch.arange(height * width, device=query.device).reshape(1, 1, height, width)
     best, index = torch.full_like(query[:, :1], -torch.inf), torch.zeros_like(query[:, :1], dtype=torch.int64)
     for dy in range(2 * radius + 1):
         for dx in range(2 * radius + 1):

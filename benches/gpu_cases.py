@@ -16,7 +16,7 @@ import hdrops
 from benches.bench_crf import bracket, gather_lerp, with_gradients, without_gradients
 from benches.bench_deform_conv2d import SHAPES as CPU_SHAPES
 from benches.bench_deform_conv2d import backward_of, channels_last, dense, forward_of, make
-from benches.bench_patch_match import nearby, unfold_gather_fold
+from benches.bench_patch_match import features, nearby, shift_multiply_box, unfold_gather_fold
 from benches.registry import Contenders, optional
 from hdrops.reference.deform_conv2d import deform_conv2d as plain_deform_conv2d
 
@@ -214,6 +214,33 @@ def swap_case(size: tuple[int, int], scale: int, dtype: torch.dtype, backward: b
     )
 
 
+def matching(channels: int, size: int, radius: int, dtype: torch.dtype) -> Contenders:
+    """Patch matching around own positions."""
+    query, key = (tensor.cuda().to(dtype) for tensor in features(channels, size))
+    last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (query, key)]
+    found: Contenders = {
+        "hdrops": lambda: hdrops.patch_match(query, key, radius=radius),
+        "hdrops channels_last": lambda: hdrops.patch_match(*last, radius=radius),
+        "shift-multiply-box": lambda: shift_multiply_box(query, key, radius),
+    }
+    if radius <= 3:  # a larger window, unrolled, takes the compiler minutes
+        compiled = torch.compile(shift_multiply_box, fullgraph=True)
+        found["torch.compile of shift-multiply-box"] = lambda: compiled(query, key, radius)
+    return found
+
+
+def match_case(channels: int, size: int, radius: int, dtype: torch.dtype) -> GpuCase:
+    sites = float(size * size)
+    return GpuCase(
+        name=f"patch_match forward {str(dtype).removeprefix('torch.')} 1x{channels} {size}x{size} radius {radius}",
+        build=lambda: matching(channels, size, radius, dtype),
+        goals={"shift-multiply-box": 10.0},
+        flops=2.0 * sites * channels * (2 * radius + 1) ** 2,
+        bytes=sites * (2 * channels * dtype.itemsize + 8 + dtype.itemsize),
+        rate="fp32",
+    )
+
+
 MEGA = 3.0 * 1080 * 1920
 L1, L4 = (1, 3, 1080, 1920), (8, 3, 1080, 1920)
 
@@ -246,5 +273,10 @@ CASES = [
         for scale in (1, 2)
         for dtype in (torch.float32, torch.bfloat16)
         for backward in (False, True)
+    ),
+    *(
+        match_case(channels, size, radius, dtype)
+        for channels, size, radius in ((64, 256, 3), (64, 256, 10), (128, 256, 7), (256, 128, 7))
+        for dtype in (torch.float32, torch.bfloat16)
     ),
 ]

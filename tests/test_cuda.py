@@ -80,10 +80,12 @@ def curve_call(name: str, dtype: torch.dtype = torch.float32) -> Call:
 def call_of(name: str) -> Call:
     if name == "patch_swap":
         return swap_call(torch.float32, torch.contiguous_format, size=(61, 67))
+    if name == "patch_match":
+        return match_call(torch.float32, torch.contiguous_format, radius=3)
     return deform_call(SMALL["tile"], torch.float32, "cuda") if name == "deform_conv2d" else curve_call(name)
 
 
-every_operator = pytest.mark.parametrize("name", ["deform_conv2d", "patch_swap", *CURVE_OPERATORS])
+every_operator = pytest.mark.parametrize("name", ["deform_conv2d", "patch_match", "patch_swap", *CURVE_OPERATORS])
 
 
 @pytest.fixture
@@ -373,3 +375,63 @@ def test_mixed_devices_are_refused_by_the_response_curves() -> None:
 def test_integers_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}: input must be .*int32"):
         getattr(hdrops, name)(torch.zeros(1, 3, 8, 8, dtype=torch.int32, device="cuda"))
+
+
+def match_call(
+    dtype: torch.dtype, layout: torch.memory_format, size: tuple[int, int] = (21, 35), centers: bool = False, **options
+) -> Call:
+    """Patch matching of odd sizes: the index, the score and its gradients."""
+    query, key = (torch.randn(2, 8, *size, device="cuda").to(dtype) for _ in range(2))
+    places = torch.randint(-3, size[0] * size[1] + 3, (2, *size), device="cuda") if centers else None
+    leaves = [tensor.contiguous(memory_format=layout).requires_grad_() for tensor in (query, key)]
+
+    def run() -> tuple[Tensor, ...]:
+        found = hdrops.patch_match(*leaves, centers=places, **options)
+        return found.index, found.score.detach(), *torch.autograd.grad(found.score.sum(), leaves)
+
+    return run
+
+
+@pytest.mark.sanitizer
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+@pytest.mark.parametrize("centers", [False, True])
+def test_small_patch_match(centers: bool, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    for patch_size in (1, 3, 5, 7):
+        call = match_call(dtype, layout, centers=centers, radius=(2, 9), patch_size=patch_size, normalize="both")
+        assert all(tensor.isfinite().all() for tensor in call())
+
+
+@pytest.mark.sanitizer
+@SWAP_DTYPES
+def test_small_deterministic_patch_match(dtype: torch.dtype, deterministic: None) -> None:
+    assert all(tensor.isfinite().all() for tensor in match_call(dtype, torch.contiguous_format, radius=2)())
+
+
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+@pytest.mark.parametrize("centers", [False, True])
+def test_patch_match_equals_the_reference(centers: bool, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    query, key = (torch.randn(2, 12, 61, 67, device="cuda").to(dtype) for _ in range(2))
+    places = torch.randint(0, 61 * 67, (2, 61, 67), device="cuda") if centers else None
+    laid_out = [tensor.contiguous(memory_format=layout) for tensor in (query, key)]
+    got = hdrops.patch_match(*laid_out, radius=(3, 11), centers=places)
+    exact = query.double(), key.double()
+    wanted = hdrops.patch_match(*exact, radius=(3, 11), centers=places, backend="reference")
+    chosen = hdrops.patch_match(*exact, radius=0, centers=got.index, backend="reference")
+    assert_close(got.score, chosen.score, terms=108)
+    assert_close(got.score, wanted.score, terms=108)
+    # Only where the best two scores are all but equal may the choice be another.
+    assert float((got.index != wanted.index).double().mean()) < 1e-3
+
+
+@SWAP_LAYOUTS
+@SWAP_DTYPES
+@pytest.mark.parametrize("centers", [False, True])
+def test_patch_match_repeats_every_bit_in_deterministic_mode(
+    centers: bool, dtype: torch.dtype, layout: torch.memory_format, deterministic: None
+) -> None:
+    call = match_call(dtype, layout, size=(101, 203), centers=centers, radius=3)
+    first = call()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))

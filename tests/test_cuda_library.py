@@ -24,8 +24,8 @@ def _benchmark_module(name: str) -> ModuleType:
 cuda_resources = _benchmark_module("cuda_resources")
 Kernels = dict[str, dict[str, int]]
 
-# On CUDA tensors Triton (global context) or plain PyTorch does their work.
-WITHOUT_CUDA_KERNEL = ("patch_match", "patch_swap", "context_pool", "global_context", "_solve_few_samples")
+# On CUDA tensors Triton or plain PyTorch does their work.
+WITHOUT_CUDA_KERNEL = ("patch_swap", "context_pool", "global_context", "_solve_few_samples")
 # Instructions of spills that stay: a register or two, cheaper than the occupancy that would save them.
 KNOWN_SPILLS = {
     "sm_80 deform_conv2d::input_gradients<float, deform_conv2d::Tf32Product<float, false> >": 4,

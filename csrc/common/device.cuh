@@ -99,6 +99,13 @@ __device__ __forceinline__ Vector<T, N> load_global(const Vector<T, N>* from) {
   return loaded.vector;
 }
 
+// The value, of which the compiler no longer knows where it came from: what is computed from it is computed again,
+// where registers are scarcer than time.
+__device__ __forceinline__ int computed_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // A kernel for matrix units of a later generation never runs on this one: its host function asks
 // device_compute_capability() first.
 __device__ __forceinline__ void needs_later_device() { __trap(); }

@@ -14,31 +14,12 @@
 // which are never in memory, would be N * P * C * K: with a 3 x 3 kernel it is a third of them at most, in floats and
 // without a layout to change it is next to nothing.
 #pragma once
+#include "common/pieces.h"
 #include "deform_conv2d/backward_input_cuda.cuh"
 #include "deform_conv2d/backward_layout_cuda.cuh"
 #include "deform_conv2d/backward_weight_cuda.cuh"
 
 namespace hdrops::deform_conv2d {
-
-// Hands out pieces of the workspace; with a null workspace, only adds up their sizes.
-struct Pieces {
-  static constexpr int64_t kAlignment = 256;
-  char* base;
-  int64_t used;
-
-  template <class T>
-  T* take(int64_t count) {
-    int64_t begin = used;
-    used += round_up<int64_t>(count * int64_t(sizeof(T)), kAlignment);
-    return base == nullptr ? nullptr : reinterpret_cast<T*>(base + begin);
-  }
-};
-
-inline int ceil_log2(int64_t value) {
-  int bits = 0;
-  while ((int64_t(1) << bits) < value) ++bits;
-  return bits;
-}
 
 template <class T>
 struct Backward {
@@ -94,7 +75,7 @@ struct Backward {
                  low,
                  flags,
                  exponents,
-                 p.mask != nullptr,
+                 p.mask != nullptr ? 3 : 2,
                  ceil_log2(p.out_channels / p.groups),
                  ceil_log2(p.taps() * p.out_pixels()),
                  1,
@@ -190,14 +171,14 @@ struct Backward {
     char* begin = reinterpret_cast<char*>(fixed_sum.high);
     int64_t bytes = reinterpret_cast<char*>(exponents) - begin + Pieces::kAlignment;
     launch_fill_zero(begin, bytes, stream);
-    launch_scan<T>(p.grad_output, p.batch * p.out_channels * p.out_pixels(), &exponents->grad_output, stream);
-    launch_scan<T>(p.weight, p.out_channels * p.in_channels / p.groups * p.taps(), &exponents->weight, stream);
+    launch_scan<T>(p.grad_output, p.batch * p.out_channels * p.out_pixels(), &exponents->factor[0], stream);
+    launch_scan<T>(p.weight, p.out_channels * p.in_channels / p.groups * p.taps(), &exponents->factor[1], stream);
     if (p.mask == nullptr) return;
     int64_t masks = p.batch * p.offset_groups * p.taps() * p.out_pixels();
     if (p.mask_is_float) {
-      launch_scan<float>(p.mask, masks, &exponents->mask, stream);
+      launch_scan<float>(p.mask, masks, &exponents->factor[2], stream);
     } else {
-      launch_scan<T>(p.mask, masks, &exponents->mask, stream);
+      launch_scan<T>(p.mask, masks, &exponents->factor[2], stream);
     }
   }
 

@@ -16,9 +16,9 @@
 // 32 bytes a pixel and offset group of the chunk) and 6 sums a pixel: 40 KB in 16-bit formats with one offset group.
 // All is exact to the type of the sums, and 1. and 2. do not depend on the order of anything.
 #pragma once
+#include "common/gradient_sum_cuda.cuh"
 #include "deform_conv2d/backward_product_cuda.cuh"
 #include "deform_conv2d/backward_samples_cuda.cuh"
-#include "deform_conv2d/gradient_sum_cuda.cuh"
 
 namespace hdrops::deform_conv2d {
 

@@ -3,8 +3,8 @@
 // pack_channels and finish_input move 32 pixels x 32 channels a block through shared memory (4 KB; 8 KB for double), so
 // that both sides are read and written along the lanes, whichever of the tensor's dimensions lies last.
 #pragma once
+#include "common/gradient_sum_cuda.cuh"
 #include "deform_conv2d/backward_samples_cuda.cuh"
-#include "deform_conv2d/gradient_sum_cuda.cuh"
 
 namespace hdrops::deform_conv2d {
 
@@ -111,20 +111,6 @@ __global__ void __launch_bounds__(kMoveThreads)
   int64_t channel = position / runs.padded * runs.run + position % runs.padded;
   bool exists = output < outputs && position % runs.padded < runs.run;
   target[index] = exists ? weight[((group * outputs + output) * channels + channel) * taps + tap] : T{};
-}
-
-// Zeros, 16 bytes a thread and step; `bytes` is a multiple of 16 and the memory aligned to it.
-static __global__ void __launch_bounds__(kMoveThreads) fill_zero(uint4* memory, int64_t vectors) {
-  int64_t step = int64_t(gridDim.x) * kMoveThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kMoveThreads + threadIdx.x; i < vectors; i += step) {
-    memory[i] = uint4{0, 0, 0, 0};
-  }
-}
-
-inline void launch_fill_zero(void* memory, int64_t bytes, cudaStream_t stream) {
-  int64_t enough = ceil_div<int64_t>(bytes / 16, 4 * kMoveThreads), most = 16 * device_multiprocessors();
-  Grid grid{dim3(unsigned(enough < most ? enough : most)), dim3(kMoveThreads)};
-  launch(fill_zero, grid, stream, static_cast<uint4*>(memory), bytes / 16);
 }
 
 }  // namespace hdrops::deform_conv2d

@@ -39,6 +39,7 @@ struct MatchParams {
   const void* grad_score;  // [N, Hq, Wq]
   void* grad_query;
   void* grad_key;
+  bool deterministic;  // for the CUDA kernels
 
   int64_t reach() const { return patch_size / 2; }
   int64_t sites() const { return query.height * query.width; }

@@ -20,6 +20,7 @@ PATCH_SIZES = (1, 3, 5, 7)
 NORMALIZATIONS = ("key", "query", "both", "none")
 _CAN_RUN = {
     "cpu": _backends.can_run_cpu,
+    "cuda": _backends.can_run_cuda,
     "reference": _backends.can_run_reference,
 }
 
@@ -53,7 +54,7 @@ def patch_match(
         patch_size: 1, 3, 5 or 7.
         normalize: "key" divides by the norm of the key's patch (at least 1e-5), "query" by that of the query's, which
             does not change the match, "both" by both (cosine similarity), "none" by nothing.
-        backend: "cpu", "reference", or None for the best that runs on the query's device.
+        backend: "cpu", "cuda", "reference", or None for the best that runs on the query's device.
 
     The dtype is float64, float32, bfloat16 or float16; sums are float64 for float64 and float32 for the others. Under
     autocast query and key take the ambient dtype. No correlation volume and no unfolded patches are ever in memory.
@@ -64,7 +65,9 @@ def patch_match(
 
     Gradients flow from ``score`` to query and key, with the match held fixed; the norm is differentiated too. A site
     whose score is not finite passes none. On the CPU results and gradients are bitwise equal for any number of
-    threads. Second derivatives, forward-mode AD and ``torch.func.grad`` raise; ``backend="reference"`` has them.
+    threads. On a GPU they are from run to run, the key's gradient only under
+    ``torch.use_deterministic_algorithms(True)``. Second derivatives, forward-mode AD and ``torch.func.grad`` raise;
+    ``backend="reference"`` has them.
 
     Raises:
         ValueError: a wrong shape, value or device.
@@ -126,7 +129,7 @@ def patch_match_pyramid(
         radii: of the window of each level, an integer or a pair.
         patch_size: 1, 3, 5 or 7.
         normalize: "key", "query", "both" or "none", as for :func:`hdrops.patch_match`.
-        backend: "cpu", "reference", or None for the best that runs on the queries' device.
+        backend: "cpu", "cuda", "reference", or None for the best that runs on the queries' device.
 
     Returns:
         One ``PatchMatch(index, score)`` for each level, coarse to fine, differentiable as in

@@ -38,6 +38,8 @@ inline bfloat16 store_as<bfloat16>(float value) {
   return to_bfloat16(value);
 }
 
+inline int computed_again(int value) { return value; }
+
 inline void check_aligned(const void* address, size_t bytes, const char* what, const Place& place) {
   if (uintptr_t(address) % bytes == 0) return;
   emulator::fail(std::string(what) + " at an address that is not a multiple of " + std::to_string(bytes), place);
