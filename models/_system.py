@@ -140,6 +140,15 @@ def check_frames(op: str, frames: Sequence[Tensor], channels: int) -> None:
         raise TypeError(f"{op}: the frames must be floating point, got {', '.join(str(f.dtype) for f in frames)}")
 
 
+def middle_over_shortest(op: str, image: Tensor, log_exposures: Tensor) -> Tensor:
+    """t_2 / t_1 of three exposures, [1 or N, 1, 1, 1]: the shortest one's white, relative to the middle one's.
+
+    Multiplies radiance [N, 3, H, W] in units of the shortest exposure's white to give it in those of the middle one's.
+    """
+    stack = image[:, None].expand(-1, 3, -1, -1, -1)
+    return exposure_ratios(op, log_exposures, stack, reference=0)[:, 1]
+
+
 def exposure_ratios(op: str, log_exposures: Tensor, images: Tensor, reference: int) -> Tensor:
     """Exposures relative to that of the frame ``reference``, to multiply or divide ``images`` by.
 

@@ -59,7 +59,7 @@ import hdrops
 from hdrops.camera import mu_law
 from hdrops.models import losses
 from hdrops.models._blocks import ChannelAttentionBlock, OutputConv2d, start_by_xavier
-from hdrops.models._system import System, check_images, crop_to, exposure_ratios, pad_to_multiple
+from hdrops.models._system import System, check_images, crop_to, exposure_ratios, middle_over_shortest, pad_to_multiple
 from hdrops.models.backbones import VGG, imagenet_normalize
 from hdrops.models.operations import PaperRow
 
@@ -354,12 +354,12 @@ class APNTFusion(System):
     @staticmethod
     def encode_target(radiance: Tensor, log_exposures: Tensor) -> Tensor:
         """The target of :meth:`loss` for radiance [N, 3, H, W] relative to the middle exposure; clamped to [0, 1]."""
-        return (radiance / _middle(radiance, log_exposures)).clamp(0, 1)
+        return (radiance / middle_over_shortest(APNTFusion.name, radiance, log_exposures)).clamp(0, 1)
 
     @staticmethod
     def decode(output: Tensor, log_exposures: Tensor) -> Tensor:
         """Radiance [N, 3, H, W] relative to the middle exposure from H_out, which is clamped to [0, 1] first."""
-        return output.clamp(0, 1) * _middle(output, log_exposures)
+        return output.clamp(0, 1) * middle_over_shortest(APNTFusion.name, output, log_exposures)
 
     def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Any, ...]:
         if not part:
@@ -440,12 +440,6 @@ class APNTFusion(System):
             _gated(fine, _logits(self.scale0, half, fine)),
         )
         return torch.cat((*blended, fused), 1)
-
-
-def _middle(image: Tensor, log_exposures: Tensor) -> Tensor:
-    """t_m / t_s, [1 or N, 1, 1, 1]: radiance relative to the middle exposure is that times H."""
-    stack = image[:, None].expand(-1, APNTFusion.frames, -1, -1, -1)
-    return exposure_ratios(APNTFusion.name, log_exposures, stack, reference=0)[:, 1]
 
 
 def _two_convs(inputs: int, hidden: int, outputs: int, last: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdrops.models._blocks import OutputConv2d
-from hdrops.models._system import System, check_frames, check_images, crop_to, exposure_ratios, pad_to_multiple
+from hdrops.models._system import (
+    System,
+    check_frames,
+    check_images,
+    crop_to,
+    exposure_ratios,
+    middle_over_shortest,
+    pad_to_multiple,
+)
 from hdrops.models.losses import mu_law_l1
 from hdrops.models.operations import PaperRow
 from hdrops.nn import DeformConv2d, GlobalContextBlock, ModulatedDeformConv2d
@@ -440,13 +448,13 @@ class STHDR(System):
     @staticmethod
     def encode_target(radiance: Tensor, log_exposures: Tensor) -> Tensor:
         """The target of :meth:`loss` for radiance [N, 3, H, W] relative to the middle exposure; clamped to [0, 1]."""
-        return (radiance / _white(radiance, log_exposures)).clamp(0, 1)
+        return (radiance / middle_over_shortest(STHDR.name, radiance, log_exposures)).clamp(0, 1)
 
     @staticmethod
     def decode(outputs: STHDROutput, log_exposures: Tensor) -> Tensor:
         """Radiance [N, 3, H, W] relative to the middle exposure from what ``forward`` gave."""
         image = outputs.images[0]
-        return image * _white(image, log_exposures)
+        return image * middle_over_shortest(STHDR.name, image, log_exposures)
 
     def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Tensor, ...]:
         if part:
@@ -455,9 +463,3 @@ class STHDR(System):
 
     def _predict(self, images: Tensor, log_exposures: Tensor) -> Tensor:
         return self.decode(self(*self.prepare(images, log_exposures)), log_exposures)
-
-
-def _white(image: Tensor, log_exposures: Tensor) -> Tensor:
-    """White of the shortest exposure relative to the middle one's: t_2 / t_1, to multiply [N, 3, H, W] by."""
-    stack = image[:, None].expand(-1, STHDR.frames, -1, -1, -1)
-    return exposure_ratios(STHDR.name, log_exposures, stack, reference=0)[:, 1]
