@@ -40,95 +40,78 @@ void fetch_planes(const T* data, int64_t plane, int64_t planes, int64_t count) {
   }
 }
 
-// Four elements of a row, then four of the row four further on, and so on until there are N.
-template <int N, class From>
-HDROPS_HD auto load_quads(const From* source, int64_t stride) {
-  if constexpr (N == 4) {
-    return load_wide<4>(source);
-  } else {
-    auto low = load_quads<N / 2>(source, stride), high = load_quads<N / 2>(source + N / 2 * stride, stride);
-    return join<wide_t<From>, N / 2>(low, high);
-  }
-}
-
-// The first or last two elements of every quad of a, each before that of b.
-template <bool kHigh, class T, int N>
-HDROPS_HD vec<T, N> interleave_quads(vec<T, N> a, vec<T, N> b) {
+// The first or last halves of a and b, element by element in turn.
+template <bool kHigh, class T>
+HDROPS_HD vec<T, 4> interleave(vec<T, 4> a, vec<T, 4> b) {
   constexpr int k = kHigh ? 2 : 0;
-  if constexpr (N == 4) {
-    return __builtin_shufflevector(a, b, k, 4 + k, k + 1, 5 + k);
-  } else if constexpr (N == 8) {
-    return __builtin_shufflevector(a, b, k, 8 + k, k + 1, 9 + k, 4 + k, 12 + k, 5 + k, 13 + k);
-  } else {
-    return __builtin_shufflevector(a, b, k, 16 + k, k + 1, 17 + k, 4 + k, 20 + k, 5 + k, 21 + k, 8 + k, 24 + k, 9 + k,
-                                   25 + k, 12 + k, 28 + k, 13 + k, 29 + k);
-  }
+  return __builtin_shufflevector(a, b, k, 4 + k, k + 1, 5 + k);
+}
+template <bool kHigh, class T>
+HDROPS_HD vec<T, 8> interleave(vec<T, 8> a, vec<T, 8> b) {
+  constexpr int k = kHigh ? 4 : 0;
+  return __builtin_shufflevector(a, b, k, 8 + k, k + 1, 9 + k, k + 2, 10 + k, k + 3, 11 + k);
+}
+template <bool kHigh, class T>
+HDROPS_HD vec<T, 16> interleave(vec<T, 16> a, vec<T, 16> b) {
+  constexpr int k = kHigh ? 8 : 0;
+  return __builtin_shufflevector(a, b, k, 16 + k, k + 1, 17 + k, k + 2, 18 + k, k + 3, 19 + k, k + 4, 20 + k, k + 5,
+                                 21 + k, k + 6, 22 + k, k + 7, 23 + k);
 }
 
-// The first or last pair of every quad of a, each before that of b.
-template <bool kHigh, class T, int N>
-HDROPS_HD vec<T, N> interleave_pairs(vec<T, N> a, vec<T, N> b) {
-  constexpr int k = kHigh ? 2 : 0;
-  if constexpr (N == 4) {
-    return __builtin_shufflevector(a, b, k, k + 1, 4 + k, 5 + k);
-  } else if constexpr (N == 8) {
-    return __builtin_shufflevector(a, b, k, k + 1, 8 + k, 9 + k, 4 + k, 5 + k, 12 + k, 13 + k);
-  } else {
-    return __builtin_shufflevector(a, b, k, k + 1, 16 + k, 17 + k, 4 + k, 5 + k, 20 + k, 21 + k, 8 + k, 9 + k, 24 + k,
-                                   25 + k, 12 + k, 13 + k, 28 + k, 29 + k);
-  }
-}
-
-// target[j, i] = source[i, j] for N rows and four columns, converted.
+// target[j, i] = source[i, j], converted, of N rows and columns. In an element's number i N + j, interleaving the first
+// half of the rows with the second moves the uppermost bit to the end; when it has moved all bits of i, j N + i is
+// left.
 template <int N, class From, class To>
-HDROPS_HD void transpose_block(const From* source, int64_t source_stride, To* target, int64_t target_stride) {
+HDROPS_HD void transpose_square(const From* source, int64_t source_stride, To* target, int64_t target_stride) {
   using Real = wide_t<From>;
-  auto a = load_quads<N>(source, source_stride), b = load_quads<N>(source + source_stride, source_stride);
-  auto c = load_quads<N>(source + 2 * source_stride, source_stride);
-  auto d = load_quads<N>(source + 3 * source_stride, source_stride);
-  auto ab_low = interleave_quads<false, Real, N>(a, b), ab_high = interleave_quads<true, Real, N>(a, b);
-  auto cd_low = interleave_quads<false, Real, N>(c, d), cd_high = interleave_quads<true, Real, N>(c, d);
-  store_narrow<N>(target, interleave_pairs<false, Real, N>(ab_low, cd_low));
-  store_narrow<N>(target + target_stride, interleave_pairs<true, Real, N>(ab_low, cd_low));
-  store_narrow<N>(target + 2 * target_stride, interleave_pairs<false, Real, N>(ab_high, cd_high));
-  store_narrow<N>(target + 3 * target_stride, interleave_pairs<true, Real, N>(ab_high, cd_high));
-}
-
-// copy_transposed() of rows [begin, end), as far as blocks of N rows go; returns the first row left.
-template <int N, class From, class To>
-HDROPS_HD int64_t transpose_rows(const From* source, int64_t source_stride, To* target, int64_t target_stride,
-                                 int64_t begin, int64_t end, int64_t columns) {
-  const int64_t rows = (end - begin) / N * N;
-  const bool along_rows = source_stride > target_stride;
-  const int64_t outer_end = along_rows ? rows : columns, outer_step = along_rows ? N : 4;
-  const int64_t inner_end = along_rows ? columns : rows, inner_step = along_rows ? 4 : N;
-  for (int64_t outer = 0; outer < outer_end; outer += outer_step) {
-    for (int64_t inner = 0; inner < inner_end; inner += inner_step) {
-      const int64_t i = begin + (along_rows ? outer : inner), j = along_rows ? inner : outer;
-      transpose_block<N>(source + i * source_stride + j, source_stride, target + j * target_stride + i, target_stride);
+  vec<Real, N> rows[N], turned[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) rows[i] = load_wide<N>(source + i * source_stride);
+#pragma GCC unroll 4
+  for (int bit = 1; bit < N; bit *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      turned[2 * i] = interleave<false, Real>(rows[i], rows[i + N / 2]);
+      turned[2 * i + 1] = interleave<true, Real>(rows[i], rows[i + N / 2]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) rows[i] = turned[i];
   }
-  return begin + rows;
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) store_narrow<N>(target + i * target_stride, rows[i]);
 }
 
-// target[j, i] = source[i, j], converted; rows and columns of the source. A block has as many rows as a vector has
-// lanes, so that the lines of the target are written whole. The inner loop runs along whichever side has the larger
-// stride, whose lines (often one per channel plane, all in the same cache sets) would not survive otherwise.
+// copy_transposed() by squares of N and, of what is left below and beside them, by smaller ones.
+template <int N, class From, class To>
+HDROPS_HD void transpose_by(const From* source, int64_t source_stride, To* target, int64_t target_stride, int64_t rows,
+                            int64_t columns) {
+  if constexpr (N < 4) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j)
+        narrow(widen(source[i * source_stride + j]), target + j * target_stride + i);
+    }
+  } else {
+    const int64_t whole_rows = rows / N * N, whole_columns = columns / N * N;
+    for (int64_t i = 0; i < whole_rows; i += N) {
+      for (int64_t j = 0; j < whole_columns; j += N) {
+        transpose_square<N>(source + i * source_stride + j, source_stride, target + j * target_stride + i,
+                            target_stride);
+      }
+    }
+    transpose_by<N / 2>(source + whole_columns, source_stride, target + whole_columns * target_stride, target_stride,
+                        whole_rows, columns - whole_columns);
+    transpose_by<N / 2>(source + whole_rows * source_stride, source_stride, target + whole_rows, target_stride,
+                        rows - whole_rows, columns);
+  }
+}
+
+// target[j, i] = source[i, j], converted; rows and columns of the source. A square is as wide as a vector, with
+// AVX-512 a line of either side: where planes lie a power of two apart, all their lines fall into one set of the cache,
+// and a line that is not used up at once is gone when the next piece of it is needed.
 template <class From, class To>
 void copy_transposed(const From* source, int64_t source_stride, To* target, int64_t target_stride, int64_t rows,
                      int64_t columns) {
-  constexpr int lanes = kLanes<wide_t<From>>;
-  const int64_t whole_columns = columns / 4 * 4;
-  int64_t whole_rows = 0;
-  if constexpr (lanes > 4) {
-    whole_rows = transpose_rows<lanes>(source, source_stride, target, target_stride, 0, rows, whole_columns);
-  }
-  whole_rows = transpose_rows<4>(source, source_stride, target, target_stride, whole_rows, rows, whole_columns);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) {
-      narrow(widen(source[i * source_stride + j]), target + j * target_stride + i);
-    }
-  }
+  transpose_by<kLanes<wide_t<From>>>(source, source_stride, target, target_stride, rows, columns);
 }
 
 }  // namespace HDROPS_ISA

@@ -19,7 +19,7 @@ namespace HDROPS_ISA {
 using patch_match::InversePlaces;
 using patch_match::Place;
 using patch_match::Places;
-using patch_match::SiteRange;
+using patch_match::WayRange;
 
 // What a site weighs in the gradients: on the other's patch, and on each one's own. All zero where the score is not
 // finite.
@@ -40,9 +40,7 @@ struct MatchBackward {
   SiteFactors<Real>* factors;  // [N][Hq][Wq]
   Real* scratch;
 
-  static bool within(int64_t y, int64_t x, const Features& f) {
-    return y >= 0 && y < f.height && x >= 0 && x < f.width;
-  }
+  static bool in_grid(int64_t y, int64_t x, const Features& f) { return within(y, x, f.height, f.width); }
   SiteFactors<Real>* factors_row(int64_t image, int64_t y) const {
     return factors + (image * p.query.height + y) * p.query.width;
   }
@@ -108,14 +106,15 @@ struct MatchBackward {
   }
 
   void gather_query(int64_t image, int64_t y, int64_t x, PixelSum<Real>& sum) const {
+    const Shifts down = patch_shifts(patches.reach, y, p.query.height);
+    const Shifts across = patch_shifts(patches.reach, x, p.query.width);
     Real own = 0;
-    for (int64_t dy = -patches.reach; dy <= patches.reach; ++dy) {
-      for (int64_t dx = -patches.reach; dx <= patches.reach; ++dx) {
-        if (!within(y - dy, x - dx, p.query)) continue;
+    for (int64_t dy = down.first; dy <= down.last; ++dy) {
+      for (int64_t dx = across.first; dx <= across.last; ++dx) {
         const SiteFactors<Real>& site = factors_row(image, y - dy)[x - dx];
         own += site.query;
         const Place match = places.row(image, y - dy)[x - dx];
-        if (within(match.y + dy, match.x + dx, p.key)) {
+        if (in_grid(match.y + dy, match.x + dx, p.key)) {
           add(sum, patches.key.pixel(image, match.y + dy, match.x + dx), site.other);
         }
       }
@@ -124,17 +123,17 @@ struct MatchBackward {
   }
 
   void gather_key(int64_t image, int64_t y, int64_t x, PixelSum<Real>& sum) const {
+    const Shifts down = patch_shifts(patches.reach, y, p.key.height);
+    const Shifts across = patch_shifts(patches.reach, x, p.key.width);
     Real own = 0;
-    for (int64_t dy = -patches.reach; dy <= patches.reach; ++dy) {
-      for (int64_t dx = -patches.reach; dx <= patches.reach; ++dx) {
-        if (!within(y - dy, x - dx, p.key)) continue;
-        const SiteRange sites = inverse->of(image, y - dy, x - dx);
-        for (const Place* at = sites.begin; at < sites.end; ++at) {
-          const SiteFactors<Real>& site = factors_row(image, at->y)[at->x];
+    for (int64_t dy = down.first; dy <= down.last; ++dy) {
+      for (int64_t dx = across.first; dx <= across.last; ++dx) {
+        const WayRange ways = inverse->to(image, y - dy, x - dx, x - dx);
+        for (const Place* way = ways.begin; way < ways.end; ++way) {
+          const int64_t to_y = y + way->y, to_x = x + way->x;
+          const SiteFactors<Real>& site = factors_row(image, to_y - dy)[to_x - dx];
           own += site.key;
-          if (within(at->y + dy, at->x + dx, p.query)) {
-            add(sum, patches.query.pixel(image, at->y + dy, at->x + dx), site.other);
-          }
+          if (in_grid(to_y, to_x, p.query)) add(sum, patches.query.pixel(image, to_y, to_x), site.other);
         }
       }
     }

@@ -1,20 +1,35 @@
-// Weighted sums of pixels, and where they are written: what swapping patches and both gradients consist of. Included
-// inside foreach_isa.h's sources; no include guard.
+// Which elements of patches cover a pixel, weighted sums of pixels, and where they are written: what swapping patches
+// and both gradients consist of. Included inside foreach_isa.h's sources; no include guard.
 namespace hdrops {
 namespace HDROPS_ISA {
+
+// Whether a pixel lies in a grid. Coordinates as unsigned numbers: one comparison for both ends.
+HDROPS_HD bool within(int64_t y, int64_t x, int64_t height, int64_t width) {
+  return uint64_t(y) < uint64_t(height) && uint64_t(x) < uint64_t(width);
+}
+
+// First to last, both included.
+struct Shifts {
+  int64_t first, last;
+};
+
+// The shifts d of a patch's elements along an axis, -reach to reach, for which `at` - d lies in a grid of that size.
+HDROPS_HD Shifts patch_shifts(int64_t reach, int64_t at, int64_t size) {
+  const int64_t first = at - size + 1;
+  return {first > -reach ? first : -reach, at < reach ? at : reach};
+}
 
 // target = sum of weight * run over the runs that were added, in that order.
 template <class Real>
 class PixelSum {
  public:
-  PixelSum(Real* target, int64_t length) : target_(target), length_(length) {}
+  PixelSum(Real* target, int64_t length)
+      : target_(target), length_(length), ahead_(length < 8 * kLine ? length : 8 * kLine) {}
 
   void add(const Real* run, Real weight) {
     if (count_ == kMost) flush();
     // The runs of a sum lie anywhere: all of them are on their way before the first is needed.
-    constexpr int64_t kLine = 64 / int64_t(sizeof(Real));
-    const int64_t ahead = length_ < 8 * kLine ? length_ : 8 * kLine;
-    for (int64_t i = 0; i < ahead; i += kLine) __builtin_prefetch(run + i);
+    for (int64_t i = 0; i < ahead_; i += kLine) __builtin_prefetch(run + i);
     run_[count_] = run, weight_[count_++] = weight;
   }
   int64_t count() const { return count_; }
@@ -27,12 +42,14 @@ class PixelSum {
   }
 
   static constexpr int64_t kMost = 64;
+  static constexpr int64_t kLine = 64 / int64_t(sizeof(Real));
 
  private:
   void flush() {
     constexpr int lanes = kLanes<Real>;
     int64_t at = 0;
     for (; at + 8 * lanes <= length_; at += 8 * lanes) sum_vectors<8, lanes>(at);
+    for (; at + 4 * lanes <= length_; at += 4 * lanes) sum_vectors<4, lanes>(at);
     for (; at + 2 * lanes <= length_; at += 2 * lanes) sum_vectors<2, lanes>(at);
     for (; at + lanes <= length_; at += lanes) sum_vectors<1, lanes>(at);
     for (; at < length_; ++at) sum_vectors<1, 1>(at);
@@ -61,7 +78,7 @@ class PixelSum {
   int64_t count_ = 0;
   bool begun_ = false;
   Real* target_;
-  int64_t length_;
+  int64_t length_, ahead_;
 };
 
 // Pixels of a row that are computed together, so that they can be written plane by plane.

@@ -15,8 +15,8 @@ namespace HDROPS_ISA {
 using patch_match::InversePlaces;
 using patch_match::Place;
 using patch_match::Places;
-using patch_match::SiteRange;
 using patch_match::SwapParams;
+using patch_match::WayRange;
 
 // A grid of sites, cut into squares of a unit of work each: what neighbours match is often near, and then stays in the
 // second-level cache for all of them.
@@ -35,6 +35,17 @@ struct SwapRow {
   int64_t image, y, line, left, right;
 };
 
+// A row of pixels of every site of an image.
+template <class Real>
+struct SitePixels {
+  const Real* first;
+  int64_t down, across;  // elements from site to site
+
+  SitePixels(const PixelImage<Real>& input, int64_t scale, const SwapRow& at)
+      : first(input.pixel(at.image, at.line, 0)), down(scale * input.row()), across(scale * input.channels) {}
+  const Real* of(int64_t y, int64_t x) const { return first + y * down + x * across; }
+};
+
 template <class T>
 struct Swap {
   using Real = wide_t<T>;
@@ -48,14 +59,7 @@ struct Swap {
   Real* scratch;
 
   int64_t run_length() const { return p.scale * p.channels; }
-  static bool within(int64_t y, int64_t x, int64_t height, int64_t width) {
-    return y >= 0 && y < height && x >= 0 && x < width;
-  }
-  // Row `line` of a site's pixels.
-  const Real* pixels(int64_t image, int64_t y, int64_t x, int64_t line) const {
-    return input.pixel(image, p.scale * y + line, p.scale * x);
-  }
-
+  Shifts shifts(int64_t at, int64_t size) const { return patch_shifts(p.reach(), at, size); }
   static void run_forward(void* context, int64_t slot, int64_t unit) {
     static_cast<Swap*>(context)->template run<false>(slot, unit);
   }
@@ -77,13 +81,14 @@ struct Swap {
   void run_row(int64_t slot, const SwapRow& row) const {
     Real* sums = scratch + slot * kTilePixels * p.channels;
     const int64_t y = p.scale * row.y + row.line, first = p.scale * row.left, count = p.scale * (row.right - row.left);
+    const SitePixels<Real> pixels(input, p.scale, row);
     output.fetch(row.image, y, first, count);
     for (int64_t x = row.left; x < row.right; ++x) {
       PixelSum<Real> sum(sums + (x - row.left) * run_length(), run_length());
       if (kBackward) {
-        collect(row, x, sum);
+        collect(pixels, row, x, sum);
       } else {
-        place(row, x, sum);
+        place(pixels, row, x, sum);
       }
       sum.finish();
     }
@@ -91,17 +96,14 @@ struct Swap {
   }
 
   // What the patches around site (at.y, x) place on it.
-  void place(const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
-    const int64_t reach = p.reach();
-    for (int64_t dy = -reach; dy <= reach; ++dy) {
-      const int64_t y = at.y - dy;
-      if (y < 0 || y >= p.query_height) continue;
-      const Place* row = places.row(at.image, y);
-      for (int64_t dx = -reach; dx <= reach; ++dx) {
-        if (x - dx < 0 || x - dx >= p.query_width) continue;
-        const Place match = row[x - dx];
-        if (!within(match.y + dy, match.x + dx, p.key_height, p.key_width)) continue;
-        sum.add(pixels(at.image, match.y + dy, match.x + dx, at.line), 0);
+  void place(const SitePixels<Real>& pixels, const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
+    const Shifts down = shifts(at.y, p.query_height), across = shifts(x, p.query_width);
+    const int64_t height = p.key_height, width = p.key_width;
+    for (int64_t dy = down.first; dy <= down.last; ++dy) {
+      const Place* row = places.row(at.image, at.y - dy) + x;
+      for (int64_t dx = across.first; dx <= across.last; ++dx) {
+        const int64_t y = row[-dx].y + dy, from_x = row[-dx].x + dx;
+        if (within(y, from_x, height, width)) sum.add(pixels.of(y, from_x), 0);
       }
     }
     sum.weigh(share_of(sum.count()));
@@ -109,19 +111,17 @@ struct Swap {
 
   Real share_of(int64_t count) const { return 1 / Real(p.exclude_border ? count : p.patch_size * p.patch_size); }
 
-  // What the sites that match pixel (at.y, x) of the key, or a neighbour of it, owe to it.
-  void collect(const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
-    const int64_t reach = p.reach();
-    for (int64_t dy = -reach; dy <= reach; ++dy) {
-      for (int64_t dx = -reach; dx <= reach; ++dx) {
-        if (!within(at.y - dy, x - dx, p.key_height, p.key_width)) continue;
-        const SiteRange sites = inverse->of(at.image, at.y - dy, x - dx);
-        for (const Place* site = sites.begin; site < sites.end; ++site) {
-          const int64_t to_y = site->y + dy, to_x = site->x + dx;
-          if (!within(to_y, to_x, p.query_height, p.query_width)) continue;
-          const Real weight = share[(at.image * p.query_height + to_y) * p.query_width + to_x];
-          sum.add(pixels(at.image, to_y, to_x, at.line), weight);
-        }
+  // What the sites that match pixel (at.y, x) of the key, or a neighbour of it, owe to it. Neighbours in a row have
+  // their sites side by side.
+  void collect(const SitePixels<Real>& pixels, const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
+    const Shifts down = shifts(at.y, p.key_height), across = shifts(x, p.key_width);
+    const int64_t height = p.query_height, width = p.query_width;
+    const Real* weight = share + at.image * height * width;
+    for (int64_t dy = down.first; dy <= down.last; ++dy) {
+      const WayRange ways = inverse->to(at.image, at.y - dy, x - across.last, x - across.first);
+      for (const Place* way = ways.begin; way < ways.end; ++way) {
+        const int64_t to_y = at.y + way->y, to_x = x + way->x;
+        if (within(to_y, to_x, height, width)) sum.add(pixels.of(to_y, to_x), weight[to_y * width + to_x]);
       }
     }
   }
@@ -132,17 +132,18 @@ struct Swap {
     const SwapParams& p = self.p;
     const int64_t image = unit / p.query_height, at_y = unit % p.query_height, reach = p.reach();
     Real* share = self.share + unit * p.query_width;
-    for (int64_t x = 0; x < p.query_width; ++x) {
-      int64_t count = 0;
-      for (int64_t dy = -reach; dy <= reach; ++dy) {
-        for (int64_t dx = -reach; dx <= reach; ++dx) {
-          if (!within(at_y - dy, x - dx, p.query_height, p.query_width)) continue;
-          const Place match = self.places.row(image, at_y - dy)[x - dx];
-          count += within(match.y + dy, match.x + dx, p.key_height, p.key_width);
+    for (int64_t x = 0; x < p.query_width; ++x) share[x] = 0;
+    const Shifts down = self.shifts(at_y, p.query_height);
+    for (int64_t dy = down.first; dy <= down.last; ++dy) {
+      const Place* row = self.places.row(image, at_y - dy);
+      for (int64_t dx = -reach; dx <= reach; ++dx) {
+        const int64_t begin = dx > 0 ? dx : 0, end = p.query_width + (dx < 0 ? dx : 0);
+        for (int64_t x = begin; x < end; ++x) {
+          share[x] += within(row[x - dx].y + dy, row[x - dx].x + dx, p.key_height, p.key_width);
         }
       }
-      share[x] = self.share_of(count);
     }
+    for (int64_t x = 0; x < p.query_width; ++x) share[x] = self.share_of(int64_t(share[x]));
   }
 };
 
