@@ -1,9 +1,27 @@
-// What the passes over features share: the norms of patches, and copies with channels last.
+// What the passes over features share: which places of a patch lie in a grid, the norms of patches, and copies with
+// channels last.
 // Included inside foreach_isa.h's sources; no include guard.
 namespace hdrops {
 namespace HDROPS_ISA {
 
 using patch_match::Features;
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Places of a patch along one axis, relative to its centre.
+struct Taps {
+  int64_t first, last;
+
+  // Those of a patch around `at` that lie in a grid of that size.
+  Taps inside(int64_t at, int64_t size) const { return {larger(first, -at), smaller(last, size - 1 - at)}; }
+  int64_t count() const { return last - first + 1; }
+};
+
+// Whether a pixel lies in a grid. Coordinates as unsigned numbers: one comparison for both ends.
+HDROPS_HD bool within(int64_t y, int64_t x, int64_t height, int64_t width) {
+  return uint64_t(y) < uint64_t(height) && uint64_t(x) < uint64_t(width);
+}
 
 // The element after which a feature map's row y of one channel (contiguous) or of all (channels last) begins.
 inline int64_t row_begin(const Features& f, int64_t channels, int64_t image, int64_t y) {

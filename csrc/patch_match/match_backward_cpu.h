@@ -106,16 +106,16 @@ struct MatchBackward {
   }
 
   void gather_query(int64_t image, int64_t y, int64_t x, PixelSum<Real>& sum) const {
-    const Shifts down = patch_shifts(patches.reach, y, p.query.height);
-    const Shifts across = patch_shifts(patches.reach, x, p.query.width);
+    const Taps patch{-patches.reach, patches.reach};
+    const Taps down = patch.inside(y, p.query.height), across = patch.inside(x, p.query.width);
     Real own = 0;
     for (int64_t dy = down.first; dy <= down.last; ++dy) {
       for (int64_t dx = across.first; dx <= across.last; ++dx) {
-        const SiteFactors<Real>& site = factors_row(image, y - dy)[x - dx];
+        const SiteFactors<Real>& site = factors_row(image, y + dy)[x + dx];
         own += site.query;
-        const Place match = places.row(image, y - dy)[x - dx];
-        if (in_grid(match.y + dy, match.x + dx, p.key)) {
-          add(sum, patches.key.pixel(image, match.y + dy, match.x + dx), site.other);
+        const Place match = places.row(image, y + dy)[x + dx];
+        if (in_grid(match.y - dy, match.x - dx, p.key)) {
+          add(sum, patches.key.pixel(image, match.y - dy, match.x - dx), site.other);
         }
       }
     }
@@ -123,15 +123,15 @@ struct MatchBackward {
   }
 
   void gather_key(int64_t image, int64_t y, int64_t x, PixelSum<Real>& sum) const {
-    const Shifts down = patch_shifts(patches.reach, y, p.key.height);
-    const Shifts across = patch_shifts(patches.reach, x, p.key.width);
+    const Taps patch{-patches.reach, patches.reach};
+    const Taps down = patch.inside(y, p.key.height), across = patch.inside(x, p.key.width);
     Real own = 0;
     for (int64_t dy = down.first; dy <= down.last; ++dy) {
       for (int64_t dx = across.first; dx <= across.last; ++dx) {
-        const WayRange ways = inverse->to(image, y - dy, x - dx, x - dx);
+        const WayRange ways = inverse->to(image, y + dy, x + dx, x + dx);
         for (const Place* way = ways.begin; way < ways.end; ++way) {
           const int64_t to_y = y + way->y, to_x = x + way->x;
-          const SiteFactors<Real>& site = factors_row(image, to_y - dy)[to_x - dx];
+          const SiteFactors<Real>& site = factors_row(image, to_y + dy)[to_x + dx];
           own += site.key;
           if (in_grid(to_y, to_x, p.query)) add(sum, patches.query.pixel(image, to_y, to_x), site.other);
         }

@@ -35,18 +35,6 @@ void run_products(const Real* query, int64_t query_row, const Real* key, int64_t
   for (int j = 0; j < kCount; ++j) products[j] = reduce_add<Real, lanes>(sum[j]);
 }
 
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Places of a patch along one axis, relative to its centre.
-struct Taps {
-  int64_t first, last;
-
-  // Those of a patch around `at` that lie in a grid of that size.
-  Taps inside(int64_t at, int64_t size) const { return {larger(first, -at), smaller(last, size - 1 - at)}; }
-  int64_t count() const { return last - first + 1; }
-};
-
 // The patches of a query and a key; pixels outside either grid contribute nothing.
 template <class Real>
 struct PatchPair {

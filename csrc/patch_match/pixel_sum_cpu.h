@@ -1,23 +1,7 @@
-// Which elements of patches cover a pixel, weighted sums of pixels, and where they are written: what swapping patches
-// and both gradients consist of. Included inside foreach_isa.h's sources; no include guard.
+// Weighted sums of pixels, and where they are written: what swapping patches and both gradients consist of. Included
+// inside foreach_isa.h's sources; no include guard.
 namespace hdrops {
 namespace HDROPS_ISA {
-
-// Whether a pixel lies in a grid. Coordinates as unsigned numbers: one comparison for both ends.
-HDROPS_HD bool within(int64_t y, int64_t x, int64_t height, int64_t width) {
-  return uint64_t(y) < uint64_t(height) && uint64_t(x) < uint64_t(width);
-}
-
-// First to last, both included.
-struct Shifts {
-  int64_t first, last;
-};
-
-// The shifts d of a patch's elements along an axis, -reach to reach, for which `at` - d lies in a grid of that size.
-HDROPS_HD Shifts patch_shifts(int64_t reach, int64_t at, int64_t size) {
-  const int64_t first = at - size + 1;
-  return {first > -reach ? first : -reach, at < reach ? at : reach};
-}
 
 // target = sum of weight * run over the runs that were added, in that order.
 template <class Real>

@@ -3,7 +3,7 @@
 // Both directions are gathers. An output pixel is the sum of what its neighbours' matches place on it; a pixel of the
 // source collects the gradient from every site that matches it or a neighbour, whom the inverse of the match lists
 // (places.h). With channels last, each term is a run of reals. With scale s a site is s runs of s * C reals, one in
-// each of its rows of pixels; a unit of work is a square of sites. Every pixel is the sum of the same terms in the
+// each of its rows of pixels; a unit of work is a rectangle of sites. Every pixel is the sum of the same terms in the
 // same order on any number of threads.
 #include "common/rows.h"
 #include "patch_match/features_cpu.h"
@@ -18,16 +18,19 @@ using patch_match::Places;
 using patch_match::SwapParams;
 using patch_match::WayRange;
 
-// A grid of sites, cut into squares of a unit of work each: what neighbours match is often near, and then stays in the
-// second-level cache for all of them.
-struct SwapTiles {
+// A grid of sites, cut into columns of pixels and these into units of work, which follow one another down the column:
+// what neighbours match is often near, and what a row of pixels collects then stays in the second-level cache for the
+// next ones, also across units.
+struct SwapColumns {
   int64_t height, width;  // sites
   int64_t scale;
 
-  int64_t side() const { return kTilePixels / scale; }  // of a square, in sites
-  int64_t across() const { return ceil_div(width, side()); }
-  int64_t down() const { return ceil_div(height, side()); }
-  int64_t count(int64_t batch) const { return batch * down() * across(); }
+  static constexpr int64_t kWidth = 2 * kTilePixels, kHeight = kTilePixels;  // pixels of a unit
+  int64_t unit_width() const { return kWidth / scale; }
+  int64_t unit_height() const { return kHeight / scale; }
+  int64_t across() const { return ceil_div(width, unit_width()); }
+  int64_t down() const { return ceil_div(height, unit_height()); }
+  int64_t count(int64_t batch) const { return batch * across() * down(); }
 };
 
 // Row `line` of the pixels of the sites [left, right) in row y.
@@ -55,11 +58,12 @@ struct Swap {
   Real* share;                   // backward only: 1 / count of every site of the query
   PixelImage<Real> input;
   PixelTarget<T> output;
-  SwapTiles tiles;
+  SwapColumns columns;
   Real* scratch;
 
   int64_t run_length() const { return p.scale * p.channels; }
-  Shifts shifts(int64_t at, int64_t size) const { return patch_shifts(p.reach(), at, size); }
+  // The neighbours along an axis whose patches cover the pixel `at`.
+  Taps neighbours(int64_t at, int64_t size) const { return Taps{-p.reach(), p.reach()}.inside(at, size); }
   static void run_forward(void* context, int64_t slot, int64_t unit) {
     static_cast<Swap*>(context)->template run<false>(slot, unit);
   }
@@ -69,17 +73,19 @@ struct Swap {
 
   template <bool kBackward>
   void run(int64_t slot, int64_t unit) const {
-    const int64_t side = tiles.side(), column = unit % tiles.across(), band = unit / tiles.across() % tiles.down();
-    SwapRow row{unit / tiles.across() / tiles.down(), band * side, 0, column * side, (column + 1) * side};
-    if (row.right > tiles.width) row.right = tiles.width;
-    for (; row.y < (band + 1) * side && row.y < tiles.height; ++row.y) {
+    const int64_t band = unit % columns.down(), column = unit / columns.down() % columns.across();
+    const int64_t top = band * columns.unit_height(), left = column * columns.unit_width();
+    SwapRow row{unit / columns.down() / columns.across(), top, 0, left,
+                smaller(left + columns.unit_width(), columns.width)};
+    const int64_t bottom = smaller(top + columns.unit_height(), columns.height);
+    for (; row.y < bottom; ++row.y) {
       for (row.line = 0; row.line < p.scale; ++row.line) run_row<kBackward>(slot, row);
     }
   }
 
   template <bool kBackward>
   void run_row(int64_t slot, const SwapRow& row) const {
-    Real* sums = scratch + slot * kTilePixels * p.channels;
+    Real* sums = scratch + slot * SwapColumns::kWidth * p.channels;
     const int64_t y = p.scale * row.y + row.line, first = p.scale * row.left, count = p.scale * (row.right - row.left);
     const SitePixels<Real> pixels(input, p.scale, row);
     output.fetch(row.image, y, first, count);
@@ -97,13 +103,13 @@ struct Swap {
 
   // What the patches around site (at.y, x) place on it.
   void place(const SitePixels<Real>& pixels, const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
-    const Shifts down = shifts(at.y, p.query_height), across = shifts(x, p.query_width);
+    const Taps down = neighbours(at.y, p.query_height), across = neighbours(x, p.query_width);
     const int64_t height = p.key_height, width = p.key_width;
     for (int64_t dy = down.first; dy <= down.last; ++dy) {
-      const Place* row = places.row(at.image, at.y - dy) + x;
+      const Place* matches = places.row(at.image, at.y + dy) + x;
       for (int64_t dx = across.first; dx <= across.last; ++dx) {
-        const int64_t y = row[-dx].y + dy, from_x = row[-dx].x + dx;
-        if (within(y, from_x, height, width)) sum.add(pixels.of(y, from_x), 0);
+        const int64_t from_y = matches[dx].y - dy, from_x = matches[dx].x - dx;
+        if (within(from_y, from_x, height, width)) sum.add(pixels.of(from_y, from_x), 0);
       }
     }
     sum.weigh(share_of(sum.count()));
@@ -114,11 +120,11 @@ struct Swap {
   // What the sites that match pixel (at.y, x) of the key, or a neighbour of it, owe to it. Neighbours in a row have
   // their sites side by side.
   void collect(const SitePixels<Real>& pixels, const SwapRow& at, int64_t x, PixelSum<Real>& sum) const {
-    const Shifts down = shifts(at.y, p.key_height), across = shifts(x, p.key_width);
+    const Taps down = neighbours(at.y, p.key_height), across = neighbours(x, p.key_width);
     const int64_t height = p.query_height, width = p.query_width;
     const Real* weight = share + at.image * height * width;
     for (int64_t dy = down.first; dy <= down.last; ++dy) {
-      const WayRange ways = inverse->to(at.image, at.y - dy, x - across.last, x - across.first);
+      const WayRange ways = inverse->to(at.image, at.y + dy, x + across.first, x + across.last);
       for (const Place* way = ways.begin; way < ways.end; ++way) {
         const int64_t to_y = at.y + way->y, to_x = x + way->x;
         if (within(to_y, to_x, height, width)) sum.add(pixels.of(to_y, to_x), weight[to_y * width + to_x]);
@@ -133,13 +139,12 @@ struct Swap {
     const int64_t image = unit / p.query_height, at_y = unit % p.query_height, reach = p.reach();
     Real* share = self.share + unit * p.query_width;
     for (int64_t x = 0; x < p.query_width; ++x) share[x] = 0;
-    const Shifts down = self.shifts(at_y, p.query_height);
+    const Taps down = self.neighbours(at_y, p.query_height);
     for (int64_t dy = down.first; dy <= down.last; ++dy) {
-      const Place* row = self.places.row(image, at_y - dy);
+      const Place* matches = self.places.row(image, at_y + dy);
       for (int64_t dx = -reach; dx <= reach; ++dx) {
-        const int64_t begin = dx > 0 ? dx : 0, end = p.query_width + (dx < 0 ? dx : 0);
-        for (int64_t x = begin; x < end; ++x) {
-          share[x] += within(row[x - dx].y + dy, row[x - dx].x + dx, p.key_height, p.key_width);
+        for (int64_t x = larger(0, -dx); x < smaller(p.query_width, p.query_width - dx); ++x) {
+          share[x] += within(matches[x + dx].y - dy, matches[x + dx].x - dx, p.key_height, p.key_width);
         }
       }
     }
@@ -153,12 +158,12 @@ void swap_forward(const SwapParams& p) {
   const Features source{p.input, p.scale * p.key_height, p.scale * p.key_width, p.input_channels_last, false};
   const PixelMemory<T> input(source, p.batch, p.channels, true, 1);
   const Places places(p.index, p.batch, p.query_height, p.query_width, p.key_height, p.key_width);
-  const SwapTiles tiles{p.query_height, p.query_width, p.scale};
-  Buffer scratch(thread_count() * kTilePixels * p.channels * int64_t(sizeof(Real)));
+  const SwapColumns columns{p.query_height, p.query_width, p.scale};
+  Buffer scratch(thread_count() * SwapColumns::kWidth * p.channels * int64_t(sizeof(Real)));
   const PixelTarget<T> output{static_cast<T*>(p.output), p.channels, p.scale * p.query_height, p.scale * p.query_width,
                               p.output_channels_last};
-  Swap<T> pass{p, places, nullptr, nullptr, input.image(), output, tiles, static_cast<Real*>(scratch.data())};
-  parallel_units(tiles.count(p.batch), Swap<T>::run_forward, &pass);
+  Swap<T> pass{p, places, nullptr, nullptr, input.image(), output, columns, static_cast<Real*>(scratch.data())};
+  parallel_units(columns.count(p.batch), Swap<T>::run_forward, &pass);
 }
 
 template <class T>
@@ -168,9 +173,9 @@ void swap_backward(const SwapParams& p) {
   const PixelMemory<T> input(gradient, p.batch, p.channels, true, 1);
   const Places places(p.index, p.batch, p.query_height, p.query_width, p.key_height, p.key_width);
   const InversePlaces inverse(places, p.batch, p.query_height, p.query_width, p.key_height, p.key_width);
-  const SwapTiles tiles{p.key_height, p.key_width, p.scale};
+  const SwapColumns columns{p.key_height, p.key_width, p.scale};
   Buffer share(p.batch * p.query_height * p.query_width * int64_t(sizeof(Real)));
-  Buffer scratch(thread_count() * kTilePixels * p.channels * int64_t(sizeof(Real)));
+  Buffer scratch(thread_count() * SwapColumns::kWidth * p.channels * int64_t(sizeof(Real)));
   const PixelTarget<T> output{static_cast<T*>(p.output), p.channels, p.scale * p.key_height, p.scale * p.key_width,
                               p.output_channels_last};
   Swap<T> pass{p,
@@ -179,10 +184,10 @@ void swap_backward(const SwapParams& p) {
                static_cast<Real*>(share.data()),
                input.image(),
                output,
-               tiles,
+               columns,
                static_cast<Real*>(scratch.data())};
   parallel_units(p.batch * p.query_height, Swap<T>::run_share, &pass);
-  parallel_units(tiles.count(p.batch), Swap<T>::run_backward, &pass);
+  parallel_units(columns.count(p.batch), Swap<T>::run_backward, &pass);
 }
 
 }  // namespace HDROPS_ISA
