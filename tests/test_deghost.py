@@ -136,6 +136,27 @@ def test_where_the_reference_clips_the_short_frame_decides(scene, moved, result)
     assert (plain / truth / scale).log()[:, hidden].abs().median() > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float32])
+def test_a_window_hidden_in_the_short_frame_takes_the_light_of_another(dtype):
+    """One window is covered in the short frame alone, and the other too far away to be found by matching."""
+    generator = torch.Generator().manual_seed(3)
+    scene = 0.1 + 0.4 * torch.rand(1, 1, 3, 64, 160, generator=generator)
+    scene[..., 8:40, 10:32] = scene[..., 8:40, 120:150] = 8.0
+    times = torch.tensor([1 / 16, 1.0])
+    frames = scene * times.view(1, 2, 1, 1, 1)
+    frames[:, 0, :, 6:42, 8:34] = 0.02
+    frames = frames.clamp(0, 1)
+    if dtype == torch.uint16:
+        frames = (frames * 65535).round().to(dtype)
+    result = deghost(frames, times.log(), reference=1)
+    hidden = (..., slice(14, 34), slice(14, 28))
+    assert (result.label[0, 0][hidden] == FILLED).all() and (result.weight[0, 0, 0][hidden] == 1).all()
+    radiance = hdrops.merge_exposures(result.stack, times.log()[None], mask=result.weight)
+    assert radiance[hidden].min() > 7 and radiance[hidden].max() < 9
+    plain = hdrops.merge_exposures(frames, times.log()[None])
+    assert plain[hidden].max() < 2
+
+
 # Brackets in which nothing moves.
 
 
@@ -312,6 +333,10 @@ def test_smooth_fill_keeps_what_is_known():
     filled = fill_smoothly(image.masked_fill(hole, torch.nan).nan_to_num(nan=1e6), hole)
     assert torch.equal(filled[~hole], image[~hole])
     assert (filled - image)[hole].abs().max() < 6
+    wide = torch.full((1, 4, 64), 3.0)
+    assert torch.equal(
+        fill_smoothly(wide.masked_fill(torch.arange(64) < 40, 0), torch.arange(64).expand(1, 4, 64) < 40), wide
+    )
     nothing = torch.ones(1, 5, 5, dtype=torch.bool)
     assert fill_smoothly(torch.zeros(1, 5, 5), nothing).isfinite().all()
 

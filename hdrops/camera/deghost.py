@@ -142,6 +142,15 @@ def deghost(
     return Deghosted(stack, weight, label, tuple(chosen))
 
 
+class _Unfilled(NamedTuple):
+    """Where a frame is excluded and nothing that was found fits, though the reference is clipped or black there."""
+
+    frame: int
+    excluded: Tensor  # all of the frame's, bool [h, w]
+    hole: Tensor  # bool [h, w]
+    smooth: Tensor  # log exposure that the surroundings suggest, [C, h, w]
+
+
 class _Bracket:
     """One bracket at work: frames [P, C, H, W], weight and label [P, H, W] are changed in place."""
 
@@ -157,6 +166,7 @@ class _Bracket:
     ) -> None:
         self.frames, self.log_times, self.response, self.masked = frames, log_times, response, masked
         self.weight, self.label = weight, label
+        self.unfilled: list[_Unfilled] = []
         self.scale = next((s for s in SCALES if frames.shape[-2] * frames.shape[-1] <= _SITES * s * s), max(SCALES))
         # Log exposures [C, 1, 1] at which frames are clipped and black.
         ends = torch.tensor([LEAST_READING.get(frames.dtype, LEAST_DEEP_READING), MOST_READING]) * saturation
@@ -198,6 +208,10 @@ class _Bracket:
         others = [frame for frame in range(len(self.frames)) if frame != reference]
         for frame in sorted(others, key=lambda frame: (abs(self.log_times[frame] - middle), self.log_times[frame])):
             known = self._settle(frame, known)
+        unknown = ~known.exact.all(0)
+        for place in self.unfilled:
+            self._paint(place, place.hole & unknown)
+            unknown &= ~place.hole
 
     def _settle(self, frame: int, known: Bounds) -> Bounds:
         """Replaces or excludes what contradicts in one frame; returns what is known with it."""
@@ -227,19 +241,40 @@ class _Bracket:
         replaced = moving & (box(agrees.float()[None], 2)[0] >= _AGREED_SHARE) & agrees
         excluded = moving & ~replaced
         self._write(frame, index, replaced, excluded, hole.any(0))
+        if bool((excluded & hole.any(0)).any()):
+            # From what else the reference could not show: its rim is no measure of what lies beyond its white.
+            smooth = fill_smoothly(bounds.value, moving | known.exact).clamp(known.low, known.high).clamp(least, most)
+            exposure = smooth + self.log_times[frame] + offset
+            self.unfilled.append(_Unfilled(frame, excluded, excluded & hole.any(0), exposure))
         merged = Bounds(*(torch.where(replaced, new, old) for new, old in zip(content, bounds, strict=True)))
         return known.narrowed(merged, (~excluded).expand_as(known.exact))
 
     def _write(self, frame: int, index: Tensor, replaced: Tensor, excluded: Tensor, hole: Tensor) -> None:
-        height, width = self.frames.shape[-2:]
         swap_pixels(self.frames[frame], index, feather(replaced), self.scale)
         label = torch.where(excluded, EXCLUDED, torch.where(replaced, torch.where(hole, FILLED, MOVED), KEPT)).byte()
-        label = label.repeat_interleave(self.scale, 0).repeat_interleave(self.scale, 1)
-        self.label[frame] = label[:height, :width]
+        self.label[frame] = self._fine(label)
+        self._exclude(frame, excluded)
+
+    def _exclude(self, frame: int, excluded: Tensor) -> None:
         if bool(excluded.any()):
-            weight = 1 - feather(excluded)
-            fine = F.interpolate(weight[None, None], scale_factor=self.scale, mode="bilinear")[0, 0]
-            self.weight[frame] = fine[:height, :width]
+            self.weight[frame] = self._finely(1 - feather(excluded)[None])[0]
+        else:
+            self.weight[frame] = 1
+
+    def _paint(self, place: _Unfilled, where: Tensor) -> None:
+        """Puts the smooth content there instead of leaving the frame out."""
+        if not bool(where.any()):
+            return
+        frame, share = self.frames[place.frame], self._finely(feather(where)[None])[0]
+        rows, columns = share.amax(1).nonzero(), share.amax(0).nonzero()
+        part = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+        here = (slice(None), *part)
+        painted = torch.lerp(_readings(frame[here]), self._finely(self._reading(place.smooth))[here], share[part])
+        if not frame.is_floating_point():
+            painted = (painted * (255 if frame.dtype == torch.uint8 else 65535)).round()
+        frame[here] = painted.to(frame.dtype)
+        self.label[place.frame][self._fine(where)] = FILLED
+        self._exclude(place.frame, place.excluded & ~where)
 
     def _bounds(self, frame: int) -> Bounds:
         """What one frame tells of log radiance, at the sites."""
@@ -258,6 +293,26 @@ class _Bracket:
     def _log_exposure(self, reading: Tensor) -> Tensor:
         """Of readings [C, H, W]."""
         return crf_lookup(reading[None].to(self.response.device), self.response[None])[0].log()
+
+    def _reading(self, log_exposure: Tensor) -> Tensor:
+        """The inverse of :meth:`_log_exposure`, [C, H, W]."""
+        exposure = log_exposure.exp().to(self.response.device).flatten(1)
+        curve = self.response.cummax(1).values
+        upper = torch.searchsorted(curve, exposure.contiguous()).clamp(1, curve.shape[1] - 1)
+        below, above = curve.gather(1, upper - 1), curve.gather(1, upper)
+        part = ((exposure - below) / (above - below).clamp_min(1e-12)).clamp(0, 1)
+        reading = (upper - 1 + part) / (curve.shape[1] - 1)
+        return reading.reshape(log_exposure.shape).to(log_exposure)
+
+    def _fine(self, sites: Tensor) -> Tensor:
+        """[h, w] of the sites as [H, W] of the pixels, as they are."""
+        height, width = self.frames.shape[-2:]
+        return sites.repeat_interleave(self.scale, 0).repeat_interleave(self.scale, 1)[:height, :width]
+
+    def _finely(self, sites: Tensor) -> Tensor:
+        """[C, h, w] of the sites as [C, H, W] of the pixels, interpolated."""
+        height, width = self.frames.shape[-2:]
+        return F.interpolate(sites[None], scale_factor=self.scale, mode="bilinear")[0, :, :height, :width]
 
     def _masked_sites(self, frame: int) -> Tensor:
         """bool [h, w]: sites with a pixel that is no data."""

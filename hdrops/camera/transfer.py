@@ -58,11 +58,14 @@ def match(wanted: Tensor, source: Tensor) -> Tensor:
 def fill_smoothly(image: Tensor, hole: Tensor) -> Tensor:
     """[C, H, W] with the pixels of ``hole``, a mask of that shape, taken from its rim, smoothly (pull and push).
 
-    Means of what is known, at half the resolution and so on, give what is unknown.
+    Means of what is known, at half the resolution and so on, give what is unknown; at the end the mean of a channel.
     """
     known = (~hole).to(image.dtype)
-    if not bool(hole.any()) or min(image.shape[1:]) < 2:
+    if not bool(hole.any()):
         return image
+    if min(image.shape[1:]) < 2:
+        count = known.sum((1, 2), keepdim=True).clamp_min(1)
+        return torch.where(hole, (image * known).sum((1, 2), keepdim=True) / count, image)
     pad = (0, image.shape[2] % 2, 0, image.shape[1] % 2)
     weighted = F.avg_pool2d(F.pad((image * known)[None], pad), 2)[0]
     share = F.avg_pool2d(F.pad(known[None], pad), 2)[0]
