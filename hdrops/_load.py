@@ -86,7 +86,10 @@ def gpu_status(device: torch.device) -> str | None:
     )
 
 
+# The instruction sets of the CPU kernels (csrc/common/isa.h), each with all of those before it.
+SIMD_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+
+
 def simd_level() -> str:
     """The instruction set of the CPU kernels in this process (``HDROPS_SIMD`` asks for a lower one)."""
-    names = ("baseline", "avx2", "avx512", "avx512_bf16")
-    return names[torch.ops.hdrops._simd_level()]
+    return SIMD_LEVELS[torch.ops.hdrops._simd_level()]

@@ -193,7 +193,7 @@ def rounded_products(case: DeformConv2dCase, tensors: dict[str, Tensor]) -> Tens
 
     None where they round no factor: in every dtype but bfloat16, and on processors without bfloat16 dot products.
     """
-    if tensors["input"].dtype != torch.bfloat16 or _load.simd_level() != "avx512_bf16":
+    if tensors["input"].dtype != torch.bfloat16 or _load.simd_level() not in ("avx512_bf16", "amx"):
         return None
     return sizes_of_products(case, tensors)
 

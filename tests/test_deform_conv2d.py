@@ -476,9 +476,9 @@ torch.save((hdrops._load.simd_level(), results), sys.argv[2])
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", hdrops._load.SIMD_LEVELS)
 def test_every_simd_level(level: str, tmp_path) -> None:
-    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    levels = hdrops._load.SIMD_LEVELS
     if levels.index(level) > levels.index(hdrops._load.simd_level()):
         pytest.skip(f"this machine's best instruction set is {hdrops._load.simd_level()}")
     case = Case(channels=20, out_channels=18, size=(11, 13), groups=2, offset_groups=2)
@@ -492,7 +492,25 @@ def test_every_simd_level(level: str, tmp_path) -> None:
     for dtype, result in zip(DTYPES, results, strict=True):
         cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         wanted = expected(cast, case, grad_output.bfloat16().to(dtype))
-        assert_all_close(dict(zip(wanted, result, strict=True)), wanted, case)
+        products = rounded_products(case, cast) if level in ("avx512_bf16", "amx") else None
+        assert_all_close(dict(zip(wanted, result, strict=True)), wanted, case, products)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(channels=64, out_channels=40, size=(9, 13)),  # a panel and half of one, rows that fill no tile
+        Case(n=1, channels=32, out_channels=16, size=(24, 40)),
+        Case(channels=64, out_channels=64, groups=2, size=(7, 8)),
+        Case(channels=48, out_channels=20, offset_groups=4, size=(6, 11)),  # a depth that 32 does not divide
+        Case(n=1, channels=600, out_channels=530, size=(5, 6)),
+    ],
+    ids=lambda case: f"{case.channels}-{case.out_channels}-{case.groups}-{case.offset_groups}",
+)
+def test_bf16_products_of_many_channels(case: Case) -> None:
+    """Deep enough for the processor's tiles, where it has them."""
+    assert_matches_reference(case.tensors(torch.bfloat16), case)
 
 
 def with_shape(name: str, *shape: int) -> dict[str, Tensor]:

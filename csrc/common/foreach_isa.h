@@ -36,12 +36,14 @@
 
 #if defined(__x86_64__)
 #define HDROPS_ISA_CALL_WIDE(call) \
+  case ::hdrops::Isa::amx:         \
   case ::hdrops::Isa::avx512_bf16: \
   case ::hdrops::Isa::avx512:      \
     return avx512::call;           \
   case ::hdrops::Isa::avx2:        \
     return avx2::call;
 #define HDROPS_ISA_CALL_BF16(call) \
+  case ::hdrops::Isa::amx:         \
   case ::hdrops::Isa::avx512_bf16: \
     return avx512_bf16::call;      \
   case ::hdrops::Isa::avx512:      \
@@ -108,7 +110,7 @@ HDROPS_END_TARGET
 HDROPS_BEGIN_TARGET("avx2,fma,f16c")
 #else
 #define HDROPS_HAVE_AVX512_BF16 1
-HDROPS_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+HDROPS_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
 #define HDROPS_ISA avx512_bf16
 #define HDROPS_VECTOR_BYTES 64

@@ -10,9 +10,10 @@
 //
 // 16-bit data are widened where they are read, interpolated and multiplied as floats. Where the machine has a bf16 dot
 // product (HDROPS_BF16_DOT), the interpolated columns of bf16 data are rounded to bf16 and multiplied with the weights
-// as they are, in pairs of channels and with sums in float: one more rounding of each product, which the tolerance
-// table of hdrops/testing.py knows as `factor`.
+// as they are, in pairs of channels and with sums in float, by tiles where the machine has them (AMX): one more
+// rounding of each product, which the tolerance table of hdrops/testing.py knows as `factor`.
 #include "common/gemm.h"
+#include "common/gemm_amx.h"
 #include "common/gemm_bf16.h"
 #include "common/rows.h"
 #include "deform_conv2d/plan.h"
@@ -122,6 +123,10 @@ struct Forward {
   template <bool kAccumulate>
   static void product(const GemmShape& shape, const Column* a, const Column* b, Real* c) {
     if constexpr (kStep == 2) {
+#if defined(HDROPS_HAVE_AVX512_BF16)
+      const int64_t step = isa() == Isa::amx ? tile_depth(shape.depth) : 0;
+      if (step > 0) return gemm_amx<kAccumulate>(shape, step, a, b, c);
+#endif
       gemm_bf16<kAccumulate>(shape, a, b, c);
     } else {
       gemm<Real, false, kAccumulate>(shape, a, b, c);
