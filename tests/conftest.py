@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.register_assert_rewrite("merge_exposures_cases")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the operators' tests make their tensors: cpu or cuda")
@@ -56,6 +58,15 @@ def threads():
     """Restores torch's thread count after a test that changes it."""
     count = torch.get_num_threads()
     yield torch.set_num_threads
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files of tiny tensors: threads that wait for tiny work fight over a shared machine."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(count)
 
 
