@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+# For this process, the workers of pytest-xdist and the programs that tests start: threads of torch that wait must not
+# spin, which takes the core from whom they wait for. OpenMP reads it once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from torch import Tensor
