@@ -7,9 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+# For this process, the workers of pytest-xdist and the programs that tests start: threads of torch that wait must not
+# spin, which takes the core from whom they wait for. OpenMP reads it once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from torch import Tensor
+
+pytest.register_assert_rewrite("merge_exposures_cases")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +62,15 @@ def threads():
     """Restores torch's thread count after a test that changes it."""
     count = torch.get_num_threads()
     yield torch.set_num_threads
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For files of tiny tensors: threads that wait for tiny work fight over a shared machine."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(count)
 
 

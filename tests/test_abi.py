@@ -163,4 +163,5 @@ def test_simd_level_follows_the_environment(level: str) -> None:
     environment = {**os.environ, "HDROPS_SIMD": level, "PYTHONPATH": str(Path(hdrops.__file__).parents[1])}
     command = [sys.executable, "-c", "from hdrops import _load; print(_load.simd_level())"]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert told.strip() == level
+    # The build for the sanitizers has the widest kernels alone.
+    assert told.strip() == ("avx512_bf16" if SANITIZED else level)

@@ -18,17 +18,11 @@ from hdrops.testing import DEFORM_CONV2D_CASES as GEOMETRIES
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.testing import assert_close, rounded_products
 
-pytestmark = pytest.mark.device
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("one_thread")]
 DEVICE = torch.get_default_device().type
 
 NAMES = ("input", "offset", "weight", "bias", "mask")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    """Most tensors here are tiny, and threads that wait for tiny work fight over a shared machine."""
-    threads(1)
 
 
 def run(tensors: dict[str, Tensor], case: Case, grad_output: Tensor | None = None) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from hdrops.camera.disagreement import Bounds, black_exposure, bounds_at, find_m
 from hdrops.camera.transfer import fill_smoothly, match, swap_pixels
 from hdrops.io import read_image, write_image
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LOG_TIMES = torch.tensor([TIMES]).log()
 CURVE = _moving_scene.inverse_response()
 MIDDLE = 1
@@ -28,15 +29,6 @@ MIDDLE = 1
 
 def stack_of(codes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(codes).permute(0, 3, 1, 2)[None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Frames this small gain nothing from more, and lose much where other programs run."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="module")

@@ -5,31 +5,18 @@ are theirs: the same cases, the same float64 reference, the same tolerances. Wha
 addresses that are no multiple of a vector, tables and bins that exceed shared memory, the order of threads.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import hdrops
+import merge_exposures_cases as brackets
+import test_crf as crf
+import test_merge_exposures as merging
+import test_merge_exposures_gradients as merging_gradients
 from hdrops.reference import crf as reference
 from hdrops.testing import assert_close
 
-HERE = Path(__file__).parent
-
-
-def load(name: str, path: Path):
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-crf = load("cases_of_crf", HERE / "test_crf.py")
-merging = load("cases_of_merge_exposures", HERE / "test_merge_exposures.py")
 gradients, lay_out, pixels, curve_of = crf.gradients, crf.lay_out, crf.pixels, crf.curve_of
 
 # The operators on the emulator: what the bindings do (csrc/crf/bindings.h, merge_bindings.h), for CPU tensors.
@@ -203,15 +190,14 @@ OPERATORS += ["quantize_ste", "_quantize_ste_backward", "merge_exposures", "_mer
 
 
 @pytest.fixture(scope="module", autouse=True)
-def module():
+def module(emulated_module):
     """The emulator's module, in the place of the CPU kernels."""
-    module = load("emulator_build", HERE / "emu" / "build.py").load()
-    emulated = Emulated(module)
-    module.set_device(compute_capability=90, multiprocessors=2)
+    emulated = Emulated(emulated_module)
+    emulated_module.set_device(compute_capability=90, multiprocessors=2)
     with torch.library._scoped_library("hdrops", "IMPL") as library:
         for name in OPERATORS:
             library.impl(name, getattr(emulated, name), "CPU", allow_override=True)
-        yield module
+        yield emulated_module
 
 
 @pytest.fixture
@@ -262,10 +248,10 @@ test_shuffled_frames_give_the_same_bits = merging.test_shuffled_frames_give_the_
 test_readings_outside_are_clamped = merging.test_readings_outside_are_clamped
 test_one_frame_gives_its_own_estimate = merging.test_one_frame_gives_its_own_estimate
 test_entries_that_are_not_positive = merging.test_entries_that_are_not_positive_count_as_the_smallest_response
-test_merge_gradients_equal_the_reference = merging.test_gradients_equal_the_reference
-test_gradient_of_a_shared_curve_and_shared_times = merging.test_gradient_of_a_shared_curve_and_shared_times
-test_only_asked_merge_gradients_are_computed = merging.test_only_asked_gradients_are_computed
-test_weights_are_constants = merging.test_weights_are_constants
+test_merge_gradients_equal_the_reference = merging_gradients.test_gradients_equal_the_reference
+test_gradient_of_a_shared_curve_and_shared_times = merging_gradients.test_gradient_of_a_shared_curve_and_shared_times
+test_only_asked_merge_gradients_are_computed = merging_gradients.test_only_asked_gradients_are_computed
+test_weights_are_constants = merging_gradients.test_weights_are_constants
 
 
 @pytest.mark.asan
@@ -305,7 +291,7 @@ def test_tents_and_values_at_the_ends():
     crf.test_quantize_at_the_ends("cpu")
 
 
-@pytest.mark.parametrize("dtype", merging.DTYPES)
+@pytest.mark.parametrize("dtype", brackets.DTYPES)
 def test_clipped_in_every_frame(dtype):
     merging.test_clipped_in_every_frame(dtype, "cpu")
     merging.test_radiance_is_positive_and_finite_at_extreme_times(dtype, "cpu")
@@ -320,7 +306,7 @@ def test_fallback_takes_one_frame_by_exposure(codes, masked, frame):
 
 
 @pytest.mark.asan
-@pytest.mark.parametrize("dtype", merging.FLOATS)
+@pytest.mark.parametrize("dtype", brackets.FLOATS)
 def test_nan_counts_as_masked(dtype):
     merging.test_nan_counts_as_masked(dtype, "cpu")
 
@@ -425,15 +411,17 @@ def test_any_order_of_threads_gives_the_same_bits(name, module, device):
     device(90, 3)
     x, grad = torch.rand(2, 3, 33, 45), torch.randn(2, 3, 33, 45)
     codes, curve = (x * 255).byte(), torch.rand(2, 3, 256)
-    stack, times = merging.bracket(torch.float32 if name == "merge" else torch.uint8, 1, 4), torch.rand(1, 4)
+    stack, times = brackets.bracket(torch.float32 if name == "merge" else torch.uint8, 1, 4), torch.rand(1, 4)
     run = {
         "lookup": lambda: gradients(hdrops.crf_lookup, grad, (x * 8).round() / 8, curve)[1],
         "codes": lambda: gradients(hdrops.crf_lookup, grad, codes // 16, curve)[1],
         "values": lambda: [hdrops.value_histogram((x * 8).round() / 4 - 1)],
-        "merge": lambda: merging.gradients(
+        "merge": lambda: brackets.gradients(
             hdrops.merge_exposures, stack, times, curve[:1, :, :17], grad[:1, :, :9, :13]
         ),
-        "merge codes": lambda: merging.gradients(hdrops.merge_exposures, stack, times, curve[:1], grad[:1, :, :9, :13]),
+        "merge codes": lambda: brackets.gradients(
+            hdrops.merge_exposures, stack, times, curve[:1], grad[:1, :, :9, :13]
+        ),
     }[name]
     module.set_seed(0)
     first = run()
@@ -448,18 +436,18 @@ def test_exposures_that_are_not_finite_make_their_image_nan(times):
     """The CPU refuses them; a GPU would have to be waited for."""
     exposures = torch.tensor([times, [0.0, 1.0, 2.0, 3.0]])
     for dtype in (torch.uint8, torch.float32):
-        radiance = hdrops.merge_exposures(merging.bracket(dtype), exposures)
+        radiance = hdrops.merge_exposures(brackets.bracket(dtype), exposures)
         assert radiance[0].isnan().all() and radiance[1].isfinite().all()
         assert (
-            hdrops.merge_exposures(merging.bracket(dtype), exposures[1:], weight=torch.tensor([-1.0, 1])).isnan().all()
+            hdrops.merge_exposures(brackets.bracket(dtype), exposures[1:], weight=torch.tensor([-1.0, 1])).isnan().all()
         )
 
 
 def test_many_frames():
     """More than a block keeps sums for in shared memory."""
-    stack, times = merging.bracket(torch.float32, 1, 131, 1, 2, 9), (torch.arange(131.0) / 30).view(1, -1)
-    got = merging.gradients(hdrops.merge_exposures, stack, times, None, torch.ones(1, 1, 2, 9))
-    want = merging.gradients(merging.reference, stack.double(), times.double(), None, torch.ones(1, 1, 2, 9).double())
+    stack, times = brackets.bracket(torch.float32, 1, 131, 1, 2, 9), (torch.arange(131.0) / 30).view(1, -1)
+    got = brackets.gradients(hdrops.merge_exposures, stack, times, None, torch.ones(1, 1, 2, 9))
+    want = brackets.gradients(brackets.reference, stack.double(), times.double(), None, torch.ones(1, 1, 2, 9).double())
     for one, other in zip(got, want, strict=True):
         assert_close(one, other, terms=400, scale=float(other.abs().max()))
 
@@ -468,10 +456,10 @@ def test_many_frames():
 def test_merging_with_a_curve_beyond_shared_memory(dtype, device):
     device(75, 1)
     levels = 65536 if dtype == torch.uint16 else 3000
-    stack, times = merging.bracket(dtype, 1, 3, 1, 4, 9), merging.log_times(3).float()
-    curve, grad = merging.response(levels).float(), torch.randn(1, 1, 4, 9)
-    merging.assert_radiance(hdrops.merge_exposures(stack, times, curve), merging.expected(stack, times, curve))
-    got = merging.gradients(hdrops.merge_exposures, stack, times, curve, grad)
-    want = merging.gradients(merging.reference, merging.double(stack), times.double(), curve.double(), grad.double())
+    stack, times = brackets.bracket(dtype, 1, 3, 1, 4, 9), brackets.log_times(3).float()
+    curve, grad = brackets.response(levels).float(), torch.randn(1, 1, 4, 9)
+    brackets.assert_radiance(hdrops.merge_exposures(stack, times, curve), brackets.expected(stack, times, curve))
+    got = brackets.gradients(hdrops.merge_exposures, stack, times, curve, grad)
+    want = brackets.gradients(brackets.reference, brackets.double(stack), times.double(), curve.double(), grad.double())
     for one, other in zip(got, want, strict=True):
         assert_close(one, other, terms=levels**2 // 16, scale=float(other.abs().max()))

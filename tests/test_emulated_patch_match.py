@@ -5,9 +5,6 @@ are theirs: the same cases, the same float64 reference, the same tolerances. Wha
 the order of threads, tiles that several blocks share, sums in any order.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,24 +12,14 @@ import torch
 from torch import Tensor
 
 import hdrops
+import test_patch_match as cases
 from hdrops.ops import _common
 from hdrops.reference import patch_match as reference
 from hdrops.testing import assert_close
 
-HERE = Path(__file__).parent
-
 pytestmark = pytest.mark.asan
 
 
-def load(name: str, path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-cases = load("cases_of_patch_match", HERE / "test_patch_match.py")
 features, integers, gradients = cases.features, cases.integers, cases.gradients
 
 NAMES = {

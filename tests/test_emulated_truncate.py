@@ -6,20 +6,16 @@ tiles and what hangs over them, groups of channels, boxes too large for a tile, 
 float32 sums, the order of threads.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import hdrops
+import test_truncate as cases
 from hdrops.reference.truncate import truncate as reference
 from hdrops.testing import assert_close, relative_error
 
 pytestmark = pytest.mark.asan
-HERE = Path(__file__).parent
 NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -28,15 +24,6 @@ NAMES = {
 }
 
 
-def load(name: str, path: Path):
-    specification = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-cases = load("cases_of_truncate", HERE / "test_truncate.py")
 image, gradient, DTYPES = cases.image, cases.gradient, cases.DTYPES
 
 

@@ -18,6 +18,9 @@ from hdrops.models.backbones import imagenet_normalize
 from hdrops.reference import patch_match as reference
 from hdrops.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 # Without reduction no channel attention starts with all its ReLUs at rest, which would stop its gradients.
 SMALL = {"channels": 16, "blocks": 1, "reduction": 1, "radii": (2, 1, 1)}
 TIMES = torch.tensor([1.0, 4.0, 16.0])
@@ -37,11 +40,6 @@ VARIANTS = (
     {"normalize": "query"},
     {"transfer": False, "motion_attention": False, "scale_attention": False, "shared_saturation": False},
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    threads(1)
 
 
 @pytest.fixture

@@ -14,12 +14,8 @@ from hdrops.models.complexity import table
 from hdrops.models.diffhdr import EVS, ConditionalInstanceNorm, DiffHDR, ExposureStack, canny_edges, log_exposures
 from hdrops.models.diffhdr_layer import HDRLayer, histogram_quantiles
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"tone_channels": 4, "edge_channels": 4, "refine_channels": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    threads(1)
 
 
 @pytest.fixture

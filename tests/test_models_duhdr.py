@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import hdrops
+from duhdr_cases import smooth, system
 from hdrops import _backends, models
 from hdrops.camera import EMoR, invert_curve
 from hdrops.models import crf_net, duhdr, duhdr_training
@@ -27,19 +28,12 @@ from hdrops.models.duhdr_networks import (
 )
 from hdrops.models.duhdr_response import Preoperation, ResponseNet
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def model() -> duhdr.DuHDR:
-    torch.manual_seed(1)
-    return duhdr.DuHDR()
+    return system()
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +191,7 @@ def test_measured_responses_undo_their_inverses(data: Path) -> None:
 
 def _photograph(height: int = 64, width: int = 64, number: int = 1) -> torch.Tensor:
     """Codes of 8 bits, smooth, with a white area."""
-    small = torch.rand(number, 3, 5, 6, generator=torch.Generator().manual_seed(5))
-    smooth = F.interpolate(1.6 * small, size=(height, width), mode="bilinear", align_corners=True)
-    return (255 * smooth.clamp(0, 1)).round() / 255
+    return (255 * smooth(1.6, height, width, number).clamp(0, 1)).round() / 255
 
 
 def _pair(size: int = 64) -> duhdr_training.Batch:

@@ -5,26 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import hdrops
+from duhdr_cases import smooth, system
 from hdrops.models import duhdr
 from hdrops.models import duhdr_training as training
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def model() -> duhdr.DuHDR:
-    torch.manual_seed(1)
-    return duhdr.DuHDR()
+    return system()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +27,7 @@ def perceptual(model: duhdr.DuHDR) -> training.Perceptual:
 
 def pair(number: int = 1, size: int = 64) -> training.Batch:
     """Smooth photographs of a camera with gamma 2.2, and the HDR images that they show up to white."""
-    small = torch.rand(number, 3, 5, 6, generator=torch.Generator().manual_seed(5))
-    radiance = F.interpolate(1.7 * small, size=(size, size), mode="bilinear", align_corners=True).square()
+    radiance = smooth(1.7, size, size, number).square()
     clean = radiance.clamp(max=1) ** (1 / 2.2)
     return training.Batch((255 * clean).round() / 255, radiance, clean)
 

@@ -14,12 +14,8 @@ from hdrops import io, models
 from hdrops.models.eapnet import EMA, VARIANTS, Alignment, EAPNet
 from hdrops.models.operations import PaperRow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"channels": 8, "restoration_channels": 12, "growth": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    threads(1)
 
 
 def small(variant: str = "standard", **config: object) -> EAPNet:

@@ -11,6 +11,9 @@ from hdrops import models
 from hdrops.io import read_image
 from hdrops.models import cli
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 # Options that make a system small; files on which a pass takes about a second.
 SMALL: dict[str, list[str]] = {
     "sthdr": ["variant=scm_ms"],
@@ -19,12 +22,6 @@ SMALL: dict[str, list[str]] = {
     "apnt": [],
     "diffhdr": ["tone_channels=4", "edge_channels=4", "refine_channels=4"],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    """Threads that wait for tiny work fight over a shared machine."""
-    threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,8 @@ from hdrops import _backends, models
 from hdrops.models.sthdr import STHDR, VARIANTS, GuidedDeformConv2d, SpatialCorrectModule, STHDRConfig, STHDROutput
 from hdrops.testing import relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"channels": 8, "stem_channels": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    threads(1)
 
 
 def small(variant: str = "scm_ms", **config: object) -> STHDR:

@@ -18,14 +18,9 @@ import hdrops
 from hdrops.reference import patch_match as reference
 from hdrops.testing import TOLERANCES, assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATIONS = ["key", "query", "both", "none"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    """Most tensors here are tiny, and threads that wait for tiny work fight over a shared machine."""
-    threads(1)
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

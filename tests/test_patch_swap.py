@@ -14,17 +14,11 @@ import hdrops
 from hdrops.reference import patch_match as reference
 from hdrops.testing import assert_close
 
-pytestmark = pytest.mark.device
+pytestmark = [pytest.mark.device, pytest.mark.usefixtures("one_thread")]
 
 DEVICE = torch.get_default_device().type
 BACKENDS = ["triton" if DEVICE == "cuda" else DEVICE, "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    """Most tensors here are tiny, and threads that wait for tiny work fight over a shared machine."""
-    threads(1)
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -49,29 +49,24 @@ class Pixel(NamedTuple):
 
 
 @triton.jit
-def _tile(
-    program,
-    height,
-    width,
-    channels,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SCALE: tl.constexpr,
-    PLACE: tl.constexpr,
-):
-    """The image, tile and channels of a program that owns a tile of images of height x width sites."""
-    tiles = tl.cdiv(tl.cast(height, PLACE) * width * (SCALE * SCALE), BLOCK_P)
-    blocks = tl.cdiv(channels, BLOCK_C)
-    channel = (program // tiles % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return program // tiles // blocks, program % tiles, channel
-
-
-@triton.jit
 def _pixels(tile, height, width, BLOCK_P: tl.constexpr, SCALE: tl.constexpr, PLACE: tl.constexpr):
     """The pixels of a tile of an image of height x width sites."""
     number = tl.cast(tile, PLACE) * BLOCK_P + tl.arange(0, BLOCK_P)
     row, across = number // (SCALE * width), number % (SCALE * width)
     return Pixel(row < SCALE * height, row // SCALE, across // SCALE, row % SCALE, across % SCALE)
+
+
+@triton.jit
+def _tile(
+    height, width, channels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SCALE: tl.constexpr, PLACE: tl.constexpr
+):
+    """The image, channels and pixels of a program that owns a tile of images of height x width sites."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(tl.cast(height, PLACE) * width * (SCALE * SCALE), BLOCK_P)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    channel = (program // tiles % blocks).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = _pixels(program % tiles, height, width, BLOCK_P, SCALE, PLACE)
+    return tl.cast(program // tiles // blocks, tl.int64), channel, pixel
 
 
 @triton.jit
@@ -137,11 +132,7 @@ def swap_kernel(
 ):
     """output[p] = sum over taps d of source[index[p - d] + d], divided by their number or by PATCH^2."""
     REACH: tl.constexpr = PATCH // 2
-    n, tile, channel = _tile(
-        tl.program_id(0), grids.query_height, grids.query_width, grids.channels, BLOCK_C, BLOCK_P, SCALE, PLACE
-    )
-    pixel = _pixels(tile, grids.query_height, grids.query_width, BLOCK_P, SCALE, PLACE)
-    image = tl.cast(n, tl.int64)
+    image, channel, pixel = _tile(grids.query_height, grids.query_width, grids.channels, BLOCK_C, BLOCK_P, SCALE, PLACE)
     index += image * grids.query_height * grids.query_width
     source += image * source_step.image
     total = tl.zeros((BLOCK_C, BLOCK_P), REAL)
@@ -297,11 +288,7 @@ def gradient_kernel(
 ):
     """grad_source[m] = sum over taps d, and the sites k that match m - d, of share[k + d] * grad_output[k + d]."""
     REACH: tl.constexpr = PATCH // 2
-    n, tile, channel = _tile(
-        tl.program_id(0), grids.key_height, grids.key_width, grids.channels, BLOCK_C, BLOCK_P, SCALE, PLACE
-    )
-    pixel = _pixels(tile, grids.key_height, grids.key_width, BLOCK_P, SCALE, PLACE)
-    image = tl.cast(n, tl.int64)
+    image, channel, pixel = _tile(grids.key_height, grids.key_width, grids.channels, BLOCK_C, BLOCK_P, SCALE, PLACE)
     grad_output += image * grad_step.image
     first_key = (image * grids.key_height * grids.key_width).to(PLACE)
     first_site = image * grids.query_height * grids.query_width

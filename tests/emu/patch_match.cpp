@@ -1,6 +1,6 @@
 // Entry points of the emulated patch matching kernels: what csrc/patch_match/bindings.h is for torch, on addresses of
-// memory that the tests own. The workspace begins as NaN and is of the size asked for, to the byte.
-#include "arrays.h"
+// memory that the tests own.
+#include "addresses.h"
 #include "patch_match/match_backward_cuda.cuh"
 #include "patch_match/match_cuda.cuh"
 
@@ -8,22 +8,9 @@ namespace hdrops {
 namespace {
 
 using namespace patch_match;
-using Address = uintptr_t;
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-class Workspace {
- public:
-  explicit Workspace(size_t bytes) : bytes_(bytes > 0 ? new unsigned char[bytes] : nullptr) {
-    if (bytes > 0) memset(bytes_, 0xff, bytes);
-  }
-  ~Workspace() { delete[] bytes_; }
-  Workspace(const Workspace&) = delete;
-  void* get() const { return bytes_; }
-
- private:
-  unsigned char* bytes_;
-};
+using emulator::Address;
+using emulator::at;
+using emulator::Workspace;
 
 // n, c, then height and width of query and key.
 using Sizes = std::array<int64_t, 6>;

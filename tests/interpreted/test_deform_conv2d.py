@@ -4,27 +4,20 @@ In float32, float16 and float64: the interpreter's bfloat16 products are wrong. 
 program, so the slow ones of the CPU tests' geometries have fewer taps or images here, and the same channels.
 """
 
-import importlib.util
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import hdrops
+import test_deform_conv2d as cpu_tests
 from hdrops.testing import DEFORM_CONV2D_CASES, sizes_of_products, sizes_of_weight_products
 from hdrops.testing import DeformConv2dCase as Case
 from hdrops.triton import configs
 
-# The comparisons of the CPU kernels' tests.
-_spec = importlib.util.spec_from_file_location(
-    "cpu_tests", Path(__file__).resolve().parents[1] / "test_deform_conv2d.py"
-)
-cpu_tests = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cpu_tests)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = cpu_tests.NAMES
 GEOMETRIES = {
     **DEFORM_CONV2D_CASES,
@@ -50,11 +43,6 @@ GEOMETRIES = {
 TINY = Case(n=1, channels=4, out_channels=4, size=(4, 5), kernel=(1, 2), padding=(0, 1), offset_groups=2)
 FORWARD = torch.ops.hdrops._deform_conv2d_triton.default
 BACKWARD = torch.ops.hdrops._deform_conv2d_triton_backward.default
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads) -> None:
-    threads(1)
 
 
 def run(tensors: dict[str, Tensor], case: Case, grad_output: Tensor | None) -> dict[str, Tensor]:

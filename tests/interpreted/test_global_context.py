@@ -1,20 +1,12 @@
 """The Triton kernels of global context, interpreted on CPU tensors, against the float64 reference."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import hdrops
+import test_global_context as cpu_tests
 
-# The comparisons of the CPU kernels' tests.
-_spec = importlib.util.spec_from_file_location(
-    "cpu_tests", Path(__file__).resolve().parents[1] / "test_global_context.py"
-)
-cpu_tests = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cpu_tests)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = {
     "several_tiles": {"n": 2, "channels": 20, "size": (31, 29), "hidden": 5},
     "many_splits": {"n": 1, "channels": 40, "size": (40, 37), "hidden": 16},

@@ -4,21 +4,15 @@ Not in bfloat16: the interpreter cuts off where it should round. Every tap and e
 these cases are few and small; tests/test_patch_swap.py, which runs on a GPU too, has all combinations.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import hdrops
+import test_patch_swap as cpu_tests
 from hdrops.triton import patch_swap as launches
 
-# The comparisons of the CPU kernels' tests.
-_spec = importlib.util.spec_from_file_location("cpu_tests", Path(__file__).resolve().parents[1] / "test_patch_swap.py")
-cpu_tests = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cpu_tests)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 features, gradient, matches = cpu_tests.features, cpu_tests.gradient, cpu_tests.matches
 FORWARD = torch.ops.hdrops._patch_swap_triton.default
 BACKWARD = torch.ops.hdrops._patch_swap_triton_backward.default
@@ -26,9 +20,8 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 @pytest.fixture(autouse=True)
-def on_triton(monkeypatch, threads) -> None:
+def on_triton(monkeypatch) -> None:
     """The comparisons call the public function; it has one backend here."""
-    threads(1)
     monkeypatch.setattr(hdrops._backends, "_REQUESTED", "triton")
 
 
