@@ -1,5 +1,6 @@
 """What the operator modules share: arguments, the layout of outputs, autocast, and refusals."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,6 +84,13 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For what has chosen its own precision: autocast is off inside, on the tensor's device."""
+    if autocast_dtype(tensor) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def allow_tf32(tensor: Tensor) -> bool:
