@@ -409,6 +409,14 @@ def test_the_command_removes_ghosts_and_draws_the_map(capsys, tmp_path, scene, f
     assert "frame_2.png against frame_1.png" in drawing and "excluded from the merge" in drawing
 
 
+def test_the_map_draws_names_of_any_kind(capsys, tmp_path, files):
+    names = [tmp_path / "a$\\frac$b.png", tmp_path / "\udcff.png", tmp_path / "c.png"]
+    for name, file in zip(names, files, strict=True):
+        name.symlink_to(file)
+    merge(capsys, tmp_path / "scene.exr", names, "--deghost", "--response", "linear", "--plot", tmp_path / "map.svg")
+    assert "a$\\frac$b.png against \\udcff.png" in (tmp_path / "map.svg").read_text()
+
+
 def test_the_command_takes_a_reference(capsys, tmp_path, files):
     out = merge(capsys, tmp_path / "a.exr", files, "--deghost", "--reference", 3, "--response", "debevec")
     assert out.startswith("deghosted to frame_2.png: frame_0.png")
