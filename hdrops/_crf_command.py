@@ -92,10 +92,14 @@ def read(args: argparse.Namespace) -> Bracket:
         align_frames=args.align,
         progress=progress,
     )
-    if args.saturation is not None and not 0 < args.saturation <= largest_code(bracket):
-        raise InputError(
-            f"--saturation {args.saturation}: must lie in 1..{largest_code(bracket)} for {bracket.paths[0]}"
-        )
+    if args.saturation is not None:
+        largest = largest_code(bracket)
+        if largest == 1:
+            raise InputError(
+                f"--saturation {args.saturation}: is for integer images, {bracket.paths[0]} is a float image"
+            )
+        if not 0 < args.saturation <= largest:
+            raise InputError(f"--saturation {args.saturation}: must lie in 1..{largest} for {bracket.paths[0]}")
     for path, exposure in zip(bracket.paths, bracket.exposures, strict=True):
         _log.info("%s: %s", path, _exposures.in_words(exposure))
     return bracket

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.preview:
         targets["preview"] = (args.preview, PICTURE_SUFFIXES)
     elif not args.no_preview:
-        output = Path(args.output)
-        targets["preview"] = (str(output.with_name(f"{output.stem}_preview.png")), PICTURE_SUFFIXES)
+        targets["preview"] = (preview_beside(args.output), PICTURE_SUFFIXES)
     if args.plot:
         targets["plot"] = (args.plot, PLOT_SUFFIXES)
     if args.save_response:
@@ -210,10 +209,7 @@ def _weight(args: argparse.Namespace, bracket: Bracket) -> str | Tensor:
     """The named weight; with --saturation its table, squeezed to end at that code."""
     if args.saturation is None:
         return str(args.weight)
-    largest = largest_code(bracket)
-    if largest == 1:
-        raise InputError(f"--saturation {args.saturation}: is for integer images, {bracket.paths[0]} is a float image")
-    code = torch.arange(largest + 1) / args.saturation
+    code = torch.arange(largest_code(bracket) + 1) / args.saturation
     inside = (code < 1).float()
     return inside if args.weight == "uniform" else 2 * torch.minimum(code, 1 - code).clamp_min(0)
 
@@ -228,6 +224,11 @@ def device_of(name: str) -> torch.device:
     if device.type == "meta":
         raise InputError("--device meta: holds no pixels")
     return device
+
+
+def preview_beside(output: str) -> str:
+    """The name of the preview where none is given."""
+    return f"{os.path.splitext(output)[0]}_preview.png"
 
 
 def size_in_words(path: str) -> str:

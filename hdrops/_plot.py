@@ -67,10 +67,15 @@ def plot_response(path: Path, curve: Tensor, title: str, maps: Sequence[Map] = (
         for number, (name, picture) in enumerate(maps):
             axes = below.add_subplot(rows, columns, number + 1)
             axes.imshow(picture)
-            axes.set_title(name, fontsize=9)
+            axes.set_title(_drawable(name), fontsize=9, parse_math=False)
             axes.set_axis_off()
         _explain_labels(below)
     figure.savefig(path, dpi=150)
+
+
+def _drawable(text: str) -> str:
+    """Names of files need not be UTF-8, and fonts take nothing else."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _explain_labels(figure: Any) -> None:

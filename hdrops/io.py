@@ -196,8 +196,8 @@ class Outputs:
             kind = f"the extension {given.suffix!r}" if given.suffix else "no extension"
             raise InputError(f"{given}: has {kind}, which names no output format here; use {', '.join(suffixes)}")
         target = given.resolve()  # through a link to the file it stands for
-        if target.is_dir():
-            raise InputError(f"{given}: is a folder")
+        if target.is_dir() or os.path.basename(path) in ("", "."):
+            raise InputError(f"{path}: is a folder")
         for source in self._inputs:
             if target == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
                 raise InputError(f"{given}: is one of the input images; it will not be overwritten")

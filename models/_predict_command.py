@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hdrops import _crf_command, models
 from hdrops._bracket import check_float
-from hdrops._merge_command import device_of, dynamic_range, size_in_words
+from hdrops._merge_command import device_of, dynamic_range, preview_beside, size_in_words
 from hdrops._tonemap_command import OPERATORS, shrink, to_display
 from hdrops.io import PICTURE_SUFFIXES, RADIANCE_SUFFIXES, InputError, Outputs, Pixels, read_image, sniff, write_image
 
@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> None:
         sources.append(Path(args.weights))
     targets: dict[str, tuple[str, tuple[str, ...]]] = {"image": (args.output, RADIANCE_SUFFIXES)}
     if not args.no_preview:
-        output = Path(args.output)
-        preview = args.preview or str(output.with_name(f"{output.stem}_preview.png"))
-        targets["preview"] = (preview, PICTURE_SUFFIXES)
+        targets["preview"] = (args.preview or preview_beside(args.output), PICTURE_SUFFIXES)
     with Outputs(sources) as outputs:
         temporary = {kind: outputs.add(path, suffixes) for kind, (path, suffixes) in targets.items()}
         images, exposures = _frames(args, models.system(args.model).frames)

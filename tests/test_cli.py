@@ -500,6 +500,14 @@ def test_options_out_of_range(capsys, output, frames):
     refuses(capsys, output, "samples must be at least 2", *common, "--samples", "1")
 
 
+def test_saturation_is_for_integer_images(capsys, output, tmp_path):
+    names = [tmp_path / "short.exr", tmp_path / "long.exr"]
+    for name, value in zip(names, (0.2, 0.4), strict=True):
+        write_image(name, np.full((8, 8, 3), value, np.float32))
+    for code in ("1", "200"):
+        refuses(capsys, output, "integer images", *names, "--times", "1,2", "--deghost", "--saturation", code)
+
+
 def test_outputs_that_cannot_be_written(capsys, tmp_path, frames):
     common = ["merge", *frames, "--times", "1/64,1/8,1", "-o"]
     refused = {
@@ -508,6 +516,8 @@ def test_outputs_that_cannot_be_written(capsys, tmp_path, frames):
         tmp_path / "a.png": "has the extension '.png'",
         tmp_path / "a": "has no extension",
         tmp_path: "no extension|is a folder",
+        f"{tmp_path}/a.exr/": "is a folder",
+        ".": "no extension|is a folder",
     }
     for path, message in refused.items():
         code, _, err = run(capsys, *common, path)

@@ -233,6 +233,23 @@ def test_one_frame_and_equal_exposures(moved):
     assert (deghost(burst, torch.zeros(3), CURVE).label == KEPT).all()
 
 
+def test_autocast_and_the_default_dtype_change_nothing(scene):
+    exposure = (scene.radiance[:, :60, :80] * np.array(TIMES, np.float32)[:, None, None, None]).clip(0, 1)
+    deep = stack_of((exposure * 65535).round().astype(np.uint16))
+    wanted = deghost(deep, LOG_TIMES)
+    assert (wanted.label == MOVED).any()
+    with torch.autocast("cpu", torch.bfloat16):
+        ambient = deghost(deep, LOG_TIMES)
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = deghost(deep, LOG_TIMES)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got in (ambient, double):
+        assert all(torch.equal(a, b) for a, b in zip(got[:3], wanted[:3], strict=True))
+        assert got.weight.dtype == torch.float32
+
+
 def test_nan_readings_are_no_data(scene):
     exposure = (scene.radiance * np.array(TIMES, np.float32)[:, None, None, None]).clip(0, 1)
     floats = stack_of(exposure.astype(np.float32)).clone()
@@ -257,6 +274,7 @@ def test_large_images_are_searched_at_less_resolution(monkeypatch, scene, moved,
 
 
 STACK = torch.zeros(1, 3, 3, 8, 8, dtype=torch.uint8)
+MASK = torch.zeros(1, 3, 1, 8, 8, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +291,14 @@ STACK = torch.zeros(1, 3, 3, 8, 8, dtype=torch.uint8)
         (ValueError, r"reference must lie in 0\.\.2, got 3", STACK, LOG_TIMES, {"reference": 3}),
         (ValueError, r"saturation must lie in \(0, 1\], got 0", STACK, LOG_TIMES, {"saturation": 0}),
         (TypeError, "mask must be bool", STACK, LOG_TIMES, {"mask": torch.ones(1, 3, 1, 8, 8)}),
+        (TypeError, "stack must be a tensor, got ndarray", STACK.numpy(), LOG_TIMES, {}),
+        (TypeError, "log_exposures must be a tensor, got list", STACK, [0.0, 1.0, 2.0], {}),
+        (TypeError, "mask must be a tensor, got list", STACK, LOG_TIMES, {"mask": [True]}),
+        (ValueError, "curve must be finite", STACK, LOG_TIMES, {"curve": torch.full((256,), torch.nan)}),
+        (TypeError, "reference must be an integer or None, got 1.0", STACK, LOG_TIMES, {"reference": 1.0}),
+        (TypeError, "reference must be an integer or None, got True", STACK, LOG_TIMES, {"reference": True}),
+        (TypeError, "saturation must be a number, got '1'", STACK, LOG_TIMES, {"saturation": "1"}),
+        (ValueError, "mask must be on stack's device", STACK, LOG_TIMES, {"mask": MASK.to("meta")}),
         (ValueError, "mask must be .* got shape", STACK, LOG_TIMES, {"mask": torch.ones(1, 2, 1, 8, 8).bool()}),
     ],
 )
@@ -398,6 +424,14 @@ def test_the_command_removes_ghosts_and_draws_the_map(capsys, tmp_path, scene, f
     drawing = (tmp_path / "map.svg").read_text()
     assert "exposure relative to the middle code" in drawing and drawing.count("<image") == 2
     assert "frame_2.png against frame_1.png" in drawing and "excluded from the merge" in drawing
+
+
+def test_the_map_draws_names_of_any_kind(capsys, tmp_path, files):
+    names = [tmp_path / "a$\\frac$b.png", tmp_path / "\udcff.png", tmp_path / "c.png"]
+    for name, file in zip(names, files, strict=True):
+        name.symlink_to(file)
+    merge(capsys, tmp_path / "scene.exr", names, "--deghost", "--response", "linear", "--plot", tmp_path / "map.svg")
+    assert "a$\\frac$b.png against \\udcff.png" in (tmp_path / "map.svg").read_text()
 
 
 def test_the_command_takes_a_reference(capsys, tmp_path, files):

@@ -430,6 +430,17 @@ def test_vmap_equals_a_loop(batched):
         torch.testing.assert_close(got, torch.stack(loop), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("batched", [0, 1])
+def test_vmap_of_nothing(batched):
+    values = list(arguments())
+    wanted = (0, *values[0].shape)
+    values[batched] = values[batched][None][:0]
+    assert (
+        torch.vmap(hdrops.global_context, in_dims=tuple(0 if k == batched else None for k in range(9)))(*values).shape
+        == wanted
+    )
+
+
 def test_gradients_through_vmap():
     members = [arguments(seed=seed) for seed in range(3)]
     images = torch.stack([m[0] for m in members]).requires_grad_()

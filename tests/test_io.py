@@ -308,6 +308,8 @@ def test_outputs_refuse(tmp_path, codes):
         "in.png": "is one of the input images",
         "link.png": "is one of the input images",
         "folder.png": "is a folder",
+        "a.png/": "is a folder",
+        "a.png/.": "is a folder",
         "a.bmp": "has the extension '.bmp'",
         "a": "has no extension",
         "no/a.png": "there is no folder",
@@ -315,7 +317,7 @@ def test_outputs_refuse(tmp_path, codes):
     }
     for name, message in refused.items():
         with pytest.raises(InputError, match=message), Outputs([source]) as outputs:
-            outputs.add(tmp_path / name, (".png",))
+            outputs.add(f"{tmp_path}/{name}", (".png",))
     with pytest.raises(InputError, match="two different outputs"), Outputs([source]) as outputs:
         outputs.add(tmp_path / "a.png", (".png",))
         outputs.add(tmp_path / "a.png", (".png",))

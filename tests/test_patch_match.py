@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -558,6 +559,7 @@ ERRORS = [
     ({"radius": 1.5}, TypeError, r"radius must be an integer or a pair of integers >= 0, got 1.5"),
     ({"radius": (1, 2, 3)}, ValueError, r"radius must be an integer or a pair of integers >= 0, got \(1, 2, 3\)"),
     ({"patch_size": 4}, ValueError, r"patch_size must be one of 1, 3, 5, 7, got 4"),
+    ({"patch_size": 3.0}, ValueError, r"patch_match: patch_size must be one of 1, 3, 5, 7, got 3.0"),
     ({"normalize": "cosine"}, ValueError, r"normalize must be one of key, query, both, none, got 'cosine'"),
     ({"centers": torch.zeros(2, 8, 9)}, TypeError, r"centers must be int64, got torch.float32"),
     ({"centers": torch.zeros(2, 8, 8).long()}, ValueError, r"centers must have .* size 8 x 9, got 8 x 8"),
@@ -574,8 +576,15 @@ def test_error_messages(change: dict, error: type[Exception], message: str) -> N
         hdrops.patch_match(**{**VALID, **change})
 
 
+def test_numpys_integers_are_integers() -> None:
+    image = features(1, 3, 8, 9)
+    wanted = hdrops.patch_match(image, image, radius=(1, 2), patch_size=5)
+    got = hdrops.patch_match(image, image, radius=(np.int64(1), np.int32(2)), patch_size=np.int64(5))
+    assert torch.equal(got.index, wanted.index) and torch.equal(got.score, wanted.score)
+
+
 def test_errors_of_the_pyramid() -> None:
-    image = torch.zeros(1, 3, 8, 8)
+    image, finer = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 16, 16)
     with pytest.raises(
         ValueError, match=r"patch_match_pyramid: queries, keys and radii must have one entry .* 2, 2 and 1"
     ):
@@ -583,7 +592,18 @@ def test_errors_of_the_pyramid() -> None:
     with pytest.raises(ValueError, match=r"at least one level, got 0, 0 and 0"):
         hdrops.patch_match_pyramid([], [], radii=[])
     with pytest.raises(ValueError, match=r"patch_match_pyramid: keys\[1\] must have 4 dimensions"):
-        hdrops.patch_match_pyramid([image] * 2, [image, image[0]], radii=[1, 1])
+        hdrops.patch_match_pyramid([image, finer], [image, finer[0]], radii=[1, 1])
+    # The order of the levels, and what they share.
+    with pytest.raises(ValueError, match=r"levels run coarse to fine; queries\[1\] must .* 2\*16 - 1 = 31, got 8"):
+        hdrops.patch_match_pyramid([finer, image], [finer, image], radii=[1, 1])
+    with pytest.raises(ValueError, match=r"coarse to fine; keys\[1\] must have at least the width .* = 15, got 14"):
+        hdrops.patch_match_pyramid([image, finer], [image, finer[..., :14]], radii=[1, 1])
+    with pytest.raises(ValueError, match=r"patch_match_pyramid: queries\[1\] must have queries\[0\]'s batch 1, got 2"):
+        hdrops.patch_match_pyramid([image, finer.repeat(2, 1, 1, 1)], [image, finer], radii=[1, 1])
+    with pytest.raises(ValueError, match=r"queries\[1\] must be on queries\[0\]'s device cpu, got meta"):
+        hdrops.patch_match_pyramid([image, finer.to("meta")], [image, finer], radii=[1, 1])
+    with pytest.raises(TypeError, match=r"patch_match_pyramid: keys must be a sequence .* got generator"):
+        hdrops.patch_match_pyramid([image], (key for key in [image]), radii=[1])
 
 
 @pytest.mark.asan

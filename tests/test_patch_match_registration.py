@@ -206,6 +206,31 @@ def test_vmap_of_a_swap_equals_a_loop(dims: tuple) -> None:
     assert torch.equal(got, torch.stack(each))
 
 
+def test_vmap_of_nothing() -> None:
+    query, key = pair()
+    score = torch.vmap(lambda image: hdrops.patch_match(image, key, radius=1).score, in_dims=2)(
+        query[:, :, None][:, :, :0]
+    )
+    assert score.shape == (0, query.shape[0], *query.shape[2:])
+    swapped = torch.vmap(hdrops.patch_swap, in_dims=(None, 0))(query, torch.zeros(0, query.shape[0], 5, 4).long())
+    assert swapped.shape == (0, *query.shape[:2], 5, 4)
+
+
+class Pyramid(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        coarse = [torch.nn.functional.avg_pool2d(image, 2) for image in (query, key)]
+        return hdrops.patch_match_pyramid([coarse[0], query], [coarse[1], key], radii=[2, 1])[1].index
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_pyramid_exports_for_all_sizes_at_once(strict: bool) -> None:
+    sizes = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
+    images = pair(2, 3, (8, 10))
+    exported = torch.export.export(Pyramid(), images, dynamic_shapes=(sizes, sizes), strict=strict).module()
+    other = pair(1, 3, (13, 22))
+    assert torch.equal(exported(*other), Pyramid()(*other))
+
+
 def test_gradients_through_vmap() -> None:
     members = [pair(seed=seed, dtype=torch.float64, size=(8, 10)) for seed in range(3)]
     stacked = [torch.stack(tensors) for tensors in zip(*members, strict=True)]

@@ -284,6 +284,7 @@ ERRORS = [
     ({"index": torch.zeros(2, 5, 6, device="meta").long()}, ValueError, r"must be on source's device \w+.*, got meta"),
     ({"patch_size": 2}, ValueError, r"patch_swap: patch_size must be one of 1, 3, 5, 7, got 2"),
     ({"scale": 3}, ValueError, r"scale must be one of 1, 2, 4, got 3"),
+    ({"scale": 2.0}, ValueError, r"patch_swap: scale must be one of 1, 2, 4, got 2.0"),
     ({"source": torch.zeros(2, 3, 8, 11), "scale": 2}, ValueError, r"multiples of scale = 2, got shape"),
     ({"border": "wrap"}, ValueError, r"border must be one of exclude, zero, got 'wrap'"),
     ({"backend": "cuda"}, NotImplementedError, r"patch_swap: has no cuda backend; it has cpu, triton, reference"),

@@ -32,6 +32,7 @@ from hdrops.camera.disagreement import (
     widen,
 )
 from hdrops.camera.transfer import fill_smoothly, match, swap_pixels
+from hdrops.ops import _common
 from hdrops.ops.crf import crf_lookup
 from hdrops.ops.patch_swap import SCALES, patch_swap
 
@@ -124,12 +125,27 @@ def deghost(
     """
     _check(stack, log_exposures, curve, reference, mask, saturation)
     stack = stack.detach() if inplace else stack.detach().clone()
+    # Codes and log radiance need float32.
+    with _common.without_autocast(stack):
+        return _deghost(stack, log_exposures.detach(), curve, reference, mask, saturation)
+
+
+def _deghost(
+    stack: Tensor,
+    log_exposures: Tensor,
+    curve: Tensor | None,
+    reference: int | None,
+    mask: Tensor | None,
+    saturation: float,
+) -> Deghosted:
+    """:func:`deghost` in place, of checked arguments."""
     brackets, frames, channels, height, width = stack.shape
-    log_times = log_exposures.detach().double().cpu().reshape(-1, frames).expand(brackets, frames).tolist()
-    response = torch.linspace(0, 1, 2, device=stack.device) if curve is None else curve.detach().float()
+    log_times = log_exposures.double().cpu().reshape(-1, frames).expand(brackets, frames).tolist()
+    response = torch.tensor([0.0, 1.0], device=stack.device) if curve is None else curve.detach()
+    response = response.float()
     response = response.reshape(1, 1, -1) if response.dim() == 1 else response
     response = response.expand(brackets, channels, -1).clamp_min(1e-7)
-    weight = torch.ones(brackets, frames, 1, height, width, device=stack.device)
+    weight = torch.ones(brackets, frames, 1, height, width, dtype=torch.float32, device=stack.device)
     label = torch.zeros(brackets, frames, height, width, dtype=torch.uint8, device=stack.device)
     chosen = []
     for n in range(brackets):
@@ -169,7 +185,7 @@ class _Bracket:
         self.unfilled: list[_Unfilled] = []
         self.scale = next((s for s in SCALES if frames.shape[-2] * frames.shape[-1] <= _SITES * s * s), max(SCALES))
         # Log exposures [C, 1, 1] at which frames are clipped and black.
-        ends = torch.tensor([LEAST_READING.get(frames.dtype, LEAST_DEEP_READING), MOST_READING]) * saturation
+        ends = torch.tensor([LEAST_READING.get(frames.dtype, LEAST_DEEP_READING), MOST_READING]).float() * saturation
         ends = self._log_exposure(ends.to(frames.device).expand(len(response), 1, 2))
         self.clipped = ends[:, :, 1:]
         self.black = self._black(ends[:, :, :1])
@@ -362,6 +378,9 @@ def _check(
     mask: Tensor | None,
     saturation: float,
 ) -> None:
+    for name, tensor in (("stack", stack), ("log_exposures", log_exposures), ("curve", curve), ("mask", mask)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("stack", "log_exposures")):
+            raise TypeError(f"deghost: {name} must be a tensor, got {type(tensor).__name__}")
     if stack.dim() != 5:
         raise ValueError(f"deghost: stack must be [N, P, C, H, W], got shape {list(stack.shape)}")
     if stack.dtype not in (torch.uint8, torch.uint16) and not stack.is_floating_point():
@@ -389,10 +408,17 @@ def _check(
                 f"deghost: curve must be [L] or [N|1, C|1, L] with N = {brackets}, C = {channels}, L >= 2, "
                 f"got shape {list(curve.shape)}"
             )
+        if not bool(curve.isfinite().all()):
+            raise ValueError("deghost: curve must be finite, got NaN or infinity")
+    if reference is not None and (isinstance(reference, bool) or not isinstance(reference, int)):
+        raise TypeError(f"deghost: reference must be an integer or None, got {reference!r}")
     if reference is not None and not 0 <= reference < frames:
         raise ValueError(f"deghost: reference must lie in 0..{frames - 1}, got {reference}")
+    if not isinstance(saturation, (int, float)):
+        raise TypeError(f"deghost: saturation must be a number, got {saturation!r}")
     if not 0 < saturation <= 1:
         raise ValueError(f"deghost: saturation must lie in (0, 1], got {saturation}")
+    _common.check_devices("deghost", "stack", stack, mask=mask)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"deghost: mask must be bool (True excludes a pixel), got {mask.dtype}")

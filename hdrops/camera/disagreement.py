@@ -225,7 +225,7 @@ def _interpolate(at: Tensor, values: Tensor, where: Tensor) -> Tensor:
     if len(at) == 1:
         return values.expand_as(where)
     # As a table over its whole range, which the lookup reads fast.
-    grid = torch.linspace(0, 1, 4 * _BINS, device=at.device) * (at[-1] - at[0]) + at[0]
+    grid = torch.linspace(0, 1, 4 * _BINS, dtype=at.dtype, device=at.device) * (at[-1] - at[0]) + at[0]
     upper = torch.searchsorted(at, grid).clamp(1, len(at) - 1)
     share = ((grid - at[upper - 1]) / (at[upper] - at[upper - 1])).clamp(0, 1)
     table = values[upper - 1] * (1 - share) + values[upper] * share

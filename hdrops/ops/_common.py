@@ -1,5 +1,7 @@
 """What the operator modules share: arguments, the layout of outputs, autocast, and refusals."""
 
+import contextlib
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,14 +38,19 @@ def checked_pair(op: str, name: str, value: int | Sequence[int], minimum: int) -
         return f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}"
 
     values = value if isinstance(value, (tuple, list)) else (value, value)
-    for item in values:
-        if not isinstance(item, (int, torch.SymInt)):
-            raise TypeError(rule())
+    if not all(is_integer(item) for item in values):
+        raise TypeError(rule())
     if len(values) != 2 or values[0] < minimum or values[1] < minimum:
         raise ValueError(rule())
     if values[0] > _MAX_STEP or values[1] > _MAX_STEP:
         raise ValueError(f"{op}: {name} must be below 2**31, got {value!r}")
-    return values[0], values[1]
+    plain: list[Any] = [item if isinstance(item, (int, torch.SymInt)) else int(item) for item in values]
+    return plain[0], plain[1]
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer, Python's, NumPy's or the compiler's; 3.0 is none."""
+    return isinstance(value, (int, torch.SymInt, numbers.Integral))
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -83,6 +90,13 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For what has chosen its own precision: autocast is off inside, on the tensor's device."""
+    if autocast_dtype(tensor) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def allow_tf32(tensor: Tensor) -> bool:
@@ -161,20 +175,37 @@ def none_if_unwanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tup
     return tuple(gradient if asked else None for gradient, asked in zip(gradients, wanted, strict=True))
 
 
+def fold_batch(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """vmap's batch made part of N, the first dimension; without one the tensor is repeated."""
+    batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
+def unfold_batch(results: Sequence[Tensor], tensor: Tensor, dim: int | None, size: int) -> tuple[Tensor, ...]:
+    """The batch of an operator's results, taken out of N; ``tensor`` and ``dim`` are an input of :func:`fold_batch`."""
+    n = tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
+    return tuple(result.unflatten(0, (size, n)) for result in results)
+
+
 def vmap_by_loop(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """A vmap rule that runs ``op`` once for each member of the batch."""
+
+    def select(tensor: Tensor, dim: int, b: int) -> Tensor:
+        if tensor.shape[dim] == 0:  # a member of an empty batch, for the shapes of the results
+            return tensor.new_zeros([*tensor.shape[:dim], *tensor.shape[dim + 1 :]])
+        return tensor.select(dim, b)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def member(b: int) -> list[Any]:
             return [
-                argument.select(dim, b) if isinstance(dim, int) else argument
+                select(argument, dim, b) if isinstance(dim, int) else argument
                 for argument, dim in zip(arguments, in_dims, strict=True)
             ]
 
-        results = [op(*member(b)) for b in range(info.batch_size)]
+        results = [op(*member(b)) for b in range(max(info.batch_size, 1))]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule

@@ -4,7 +4,6 @@ The operators return a second tensor, ``state``: for each image the softmax's la
 bottleneck's activations. It is all that the backward pass needs beside the inputs.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,7 +76,7 @@ def context_pool(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     _check_dtypes(op, input, {"weight": weight, "bias": bias})
     chosen = _backends.choose(op, input, backend, _CAN_RUN)
     if chosen == "reference":
-        with _without_autocast(input):
+        with _common.without_autocast(input):
             return reference.context_pool(input, weight, bias)
     _common.refuse_functional_transforms(op, input, weight, bias)
     kernels = torch.ops.hdrops._context_pool_triton if chosen == "triton" else torch.ops.hdrops.context_pool
@@ -177,7 +176,7 @@ def global_context(
     _check_dtypes(op, tensors[0], dict(zip(parameters, tensors[1:], strict=True)))
     chosen = _backends.choose(op, tensors[0], backend, _CAN_RUN)
     if chosen == "reference":
-        with _without_autocast(input):
+        with _common.without_autocast(input):
             return reference.global_context(*tensors, fusion=fusion, eps=eps)
     _common.refuse_functional_transforms(op, *tensors)
     kernels = torch.ops.hdrops._global_context_triton if chosen == "triton" else torch.ops.hdrops.global_context
@@ -215,13 +214,6 @@ def _check_dtypes(op: str, input: Tensor, parameters: dict[str, Tensor | None]) 
 def _follow_autocast(ambient: torch.dtype, *arguments: Any) -> tuple[Any, ...]:
     """The operator's arguments under autocast: every tensor in the ambient dtype."""
     return tuple(_common.cast(a, ambient) if isinstance(a, Tensor) else a for a in arguments)
-
-
-def _without_autocast(input: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The reference has chosen its precision."""
-    if _common.autocast_dtype(input) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(input.device.type, enabled=False)
 
 
 def _state_like(input: Tensor, size: int) -> Tensor:

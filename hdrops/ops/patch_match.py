@@ -123,8 +123,8 @@ def patch_match_pyramid(
     around the match of a site's parent: ``centre(k) = 2*match(k // 2) + k - 2*(k // 2)``, clamped to the key (OP-5).
 
     Args:
-        queries: features [N, C, H, W], coarse to fine; each level has its own C. Of an odd size the coarser level may
-            have half rounded down.
+        queries: features [N, C, H, W], coarse to fine; each level has its own C, and twice the height and width of the
+            one before. Of an odd size the coarser level has half, rounded down or up.
         keys: as many, likewise; the first has the grid of the first query.
         radii: of the window of each level, an integer or a pair.
         patch_size: 1, 3, 5 or 7.
@@ -136,7 +136,8 @@ def patch_match_pyramid(
         :func:`hdrops.patch_match`.
 
     Raises:
-        ValueError: no levels, numbers of queries, keys and radii that differ, or what ``patch_match`` raises.
+        ValueError: no levels, numbers of queries, keys and radii that differ, levels that do not fit each other, or
+            what ``patch_match`` raises.
         TypeError: as ``patch_match``.
         NotImplementedError: as ``patch_match``.
 
@@ -148,16 +149,9 @@ def patch_match_pyramid(
         >>> [tuple(match.index.shape) for match in matches]
         [(1, 16, 16), (1, 32, 32)]
     """
-    op = "patch_match_pyramid"
-    if len(queries) == 0 or len(queries) != len(keys) or len(queries) != len(radii):
-        raise ValueError(
-            f"{op}: queries, keys and radii must have one entry for each of at least one level, got {len(queries)}, "
-            f"{len(keys)} and {len(radii)}"
-        )
+    _check_levels(queries, keys, radii)
     matches: list[PatchMatch] = []
     for level, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        _common.check_dimensions(op, f"queries[{level}]", query, "N, C, H, W")
-        _common.check_dimensions(op, f"keys[{level}]", key, "N, C, H, W")
         centers = None
         if matches:
             centers = reference.finer_centers(matches[-1].index, keys[level - 1], query, key)
@@ -168,7 +162,7 @@ def patch_match_pyramid(
 
 def check_patch_size(op: str, patch_size: int) -> None:
     """Raises unless the kernels know patches of that size."""
-    if patch_size not in PATCH_SIZES:
+    if not _common.is_integer(patch_size) or patch_size not in PATCH_SIZES:
         sizes = ", ".join(str(size) for size in PATCH_SIZES)
         raise ValueError(f"{op}: patch_size must be one of {sizes}, got {patch_size!r}")
 
@@ -213,6 +207,47 @@ def _check_shapes(query: Tensor, key: Tensor, centers: Tensor | None, radius: tu
             raise ValueError(
                 f"{op}: centers must have the query's size {query.shape[2]} x {query.shape[3]}, got "
                 f"{centers.shape[1]} x {centers.shape[2]} ({_shape('centers', centers)})"
+            )
+
+
+def _check_levels(queries: Sequence[Tensor], keys: Sequence[Tensor], radii: Sequence[int | Sequence[int]]) -> None:
+    """Raises unless the levels of a pyramid fit each other; :func:`patch_match` checks each of them."""
+    op = "patch_match_pyramid"
+    for name, given in (("queries", queries), ("keys", keys), ("radii", radii)):
+        if not hasattr(given, "__len__"):
+            raise TypeError(
+                f"{op}: {name} must be a sequence with one entry for each level, got {type(given).__name__}"
+            )
+    if len(queries) == 0 or len(queries) != len(keys) or len(queries) != len(radii):
+        raise ValueError(
+            f"{op}: queries, keys and radii must have one entry for each of at least one level, got {len(queries)}, "
+            f"{len(keys)} and {len(radii)}"
+        )
+    for name, features in (("queries", queries), ("keys", keys)):
+        for level in range(len(features)):
+            _common.check_dimensions(op, f"{name}[{level}]", features[level], "N, C, H, W")
+            if level > 0:
+                _check_finer_level(op, f"{name}[{level - 1}]", features[level - 1], f"{name}[{level}]", features[level])
+
+
+def _check_finer_level(op: str, coarse_name: str, coarse: Tensor, fine_name: str, fine: Tensor) -> None:
+    _common.check_devices(op, coarse_name, coarse, **{fine_name: fine})
+
+    def shapes() -> str:
+        return f"{_shape(coarse_name, coarse)}, {_shape(fine_name, fine)}"
+
+    n = coarse.shape[0]
+    if fine.shape[0] != n:
+        raise ValueError(f"{op}: {fine_name} must have {coarse_name}'s batch {n}, got {fine.shape[0]} ({shapes()})")
+    # Rows and columns beyond twice the coarser level's were cut off there; they are searched from its last. The
+    # compiler cannot prove h >= 2*(h // 2) - 1 of a height it does not know, and would refuse to export.
+    if torch.compiler.is_compiling():
+        return
+    for what, size, fine_size in zip(("height", "width"), coarse.shape[2:], fine.shape[2:], strict=True):
+        if fine_size < 2 * size - 1:
+            raise ValueError(
+                f"{op}: levels run coarse to fine; {fine_name} must have at least the {what} 2*{size} - 1 = "
+                f"{2 * size - 1}, got {fine_size} ({shapes()})"
             )
 
 
@@ -277,18 +312,16 @@ def _backward(ctx: Any, grad_score: Tensor | None, _: Tensor | None) -> tuple[Te
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     """The batch becomes part of N."""
     query, key, radius, centers, patch_size, normalize = arguments
-
-    def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return batched.flatten(0, 1)
-
+    size = info.batch_size
     results = torch.ops.hdrops.patch_match.default(
-        fold(query, in_dims[0]), fold(key, in_dims[1]), radius, fold(centers, in_dims[3]), patch_size, normalize
+        _common.fold_batch(query, in_dims[0], size),
+        _common.fold_batch(key, in_dims[1], size),
+        radius,
+        None if centers is None else _common.fold_batch(centers, in_dims[3], size),
+        patch_size,
+        normalize,
     )
-    batch = (info.batch_size, results[0].shape[0] // info.batch_size)
-    return tuple(result.unflatten(0, batch) for result in results), (0, 0)
+    return _common.unfold_batch(results, query, in_dims[0], size), (0, 0)
 
 
 torch.library.register_fake("hdrops::patch_match", _fake)

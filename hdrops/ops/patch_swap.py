@@ -103,7 +103,7 @@ def _check_call(shape: Sequence[int], index: Tensor, patch_size: int, scale: int
     """Raises unless a source of that shape can be swapped so."""
     op = "patch_swap"
     check_patch_size(op, patch_size)
-    if scale not in SCALES:
+    if not _common.is_integer(scale) or scale not in SCALES:
         raise ValueError(f"{op}: scale must be one of 1, 2, 4, got {scale!r}")
     if border not in BORDERS:
         raise ValueError(f"{op}: border must be one of {', '.join(BORDERS)}, got {border!r}")
@@ -214,13 +214,10 @@ def _vmap_of(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         source, index, *options = arguments
-
-        def fold(tensor: Tensor, dim: int | None) -> Tensor:
-            batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return batched.flatten(0, 1)
-
-        output = op(fold(source, in_dims[0]), fold(index, in_dims[1]), *options)
-        return output.unflatten(0, (info.batch_size, output.shape[0] // info.batch_size)), 0
+        size = info.batch_size
+        folded = _common.fold_batch(source, in_dims[0], size), _common.fold_batch(index, in_dims[1], size)
+        (output,) = _common.unfold_batch([op(*folded, *options)], source, in_dims[0], size)
+        return output, 0
 
     return rule
 
