@@ -57,6 +57,9 @@ def test_parameters(model: duhdr.DuHDR, printed: duhdr.DuHDR) -> None:
     assert {name: _count(printed.get_submodule(name)) for name in sizes} == sizes
     assert _count(printed) == sum(sizes.values()) == 30_816_527
     assert _count(model.oonet) == 2_553_479 and _count(model.nnet) == _count(model.innet)
+    bare = OOnet(multi_scale=False)
+    assert _count(bare) == _count(model.oonet) - _count(model.oonet.middle)
+    assert bare(*(torch.rand(1, 3, 32, 64) for _ in range(3))).shape == (1, 3, 32, 64)
 
 
 def test_operations_are_the_papers(printed: duhdr.DuHDR) -> None:
