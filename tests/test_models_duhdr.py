@@ -400,8 +400,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for name, words in (
         ("evil", "must be a dictionary of arrays .* asks for"),
         ("numbers", "holds an array of float64"),
-        ("short", "lacks 1 weights of CRF-Net, res2b.branch2a.0.weight"),
-        ("shape", "does not fit CRF-Net"),
+        ("short", "CRF-Net: .*it lacks 1 of .* weights, res2b.branch2a.0.weight first"),
+        ("shape", "CRF-Net: .*does not fit the model: 1 are of another form: res2b.branch2a.0.weight must be"),
         ("names", "bn2b_branch2a must have scale, offset, mean, variance, it has gamma"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -162,12 +162,36 @@ def test_vgg_has_the_papers_layers_and_torchvisions_names(tmp_path) -> None:
     torch.save({**vgg.state_dict(), "classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     loaded = VGG(19, ["relu3_1"], weights=tmp_path / "vgg.pth", seed=4)
     assert torch.equal(loaded(image)[0], vgg(image)[2])
-    with pytest.raises(ValueError, match="no state dict of VGG16"):
+    with pytest.raises(
+        ValueError, match=r"VGG16: .*vgg.pth does not fit the model: it lacks 4 of 14 weights, features.12.weight first"
+    ):
         VGG(16, ["pool3"], weights=tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match="in the network's order"):
         VGG(16, ["relu2_1", "relu1_1"])
     with pytest.raises(OSError, match=r"none\.pth"):
         VGG(16, ["pool3"], weights=tmp_path / "none.pth")
+
+
+def test_files_of_weights_run_no_code(tmp_path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return type(tmp_path).touch, (tmp_path / "touched",)
+
+    torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pt")
+    torch.save({"features.0.weight": 3}, tmp_path / "number.pt")
+    torch.save([1], tmp_path / "list.pt")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 1, 1), "features.0.bias": torch.zeros(64)}, tmp_path / "1x1.pt")
+    (tmp_path / "text.pt").write_text("text")
+    for name, words in (
+        ("evil", "must hold a state dict of tensors alone"),
+        ("number", "must hold a state dict, names with tensors, got 'features.0.weight' with int"),
+        ("list", "got one list"),
+        ("1x1", r"1 are of another form: features.0.weight must be \[64, 3, 3, 3\], got \[64, 3, 1, 1\]"),
+        ("text", r"text\.pt"),
+    ):
+        with pytest.raises(ValueError, match=rf"VGG19: .*{name}\.pt.*{words}" if name != "text" else words):
+            VGG(19, ["relu1_1"], weights=tmp_path / f"{name}.pt")
+    assert not (tmp_path / "touched").exists()
 
 
 def test_losses_are_zero_for_a_perfect_prediction_and_refuse_other_shapes() -> None:
