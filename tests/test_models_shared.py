@@ -8,7 +8,7 @@ from torch import nn
 
 import hdrops
 from hdrops import models
-from hdrops.models import _system, losses
+from hdrops.models import _system, complexity, losses
 from hdrops.models.backbones import VGG, imagenet_normalize, layer_names
 from hdrops.models.operations import measure
 
@@ -221,6 +221,23 @@ def test_operations_by_each_rule() -> None:
     assert report.operations["thop"] == conv + 4 * transposed
     assert report.operations["torchinfo"] == (3 * 8 * 9 + 8) * 120 + (8 * 4 * 4 + 4) * 480
     assert report.operations["tensorflow"] == 2 * (conv + transposed) + 8 * 120 + 4 * 480 + 2 * 8 * 120
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = models.create("sthdr", **SMALL["sthdr"])
+    model.align.eval()
+    model.complexity(32, 32)
+    assert model.training and model.merge.training and not model.align.training
+    assert measure(nn.ReLU(), lambda: (torch.rand(1, 2, 3, 4),)).parameters == 0
+    with pytest.raises(ValueError, match="sthdr: has no part 'nose'"):
+        model.complexity(32, 32, "nose")
+
+
+def test_an_unknown_name_of_the_table_is_an_error_of_usage(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["complexity", "nose"])
+    with pytest.raises(SystemExit, match="2"):
+        complexity.main()
+    assert "unknown model nose; known: sthdr, eapnet, duhdr, apnt, diffhdr" in capsys.readouterr().err
 
 
 def test_operators_count_like_the_dense_layers_they_stand_for() -> None:
