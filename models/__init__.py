@@ -27,7 +27,7 @@ def system(name: str) -> type[System]:
     Raises:
         ValueError: no system has that name; the message lists those there are.
     """
-    if name not in _SYSTEMS:
+    if not isinstance(name, str) or name not in _SYSTEMS:
         raise ValueError(f"models: unknown model {name!r}; known: {', '.join(_SYSTEMS)}")
     module, title = _SYSTEMS[name]
     found: type[System] = getattr(importlib.import_module(module), title)

@@ -9,6 +9,7 @@ import argparse
 import ast
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hdrops._bracket import check_float
 from hdrops._merge_command import device_of, dynamic_range, preview_beside, size_in_words
 from hdrops._tonemap_command import OPERATORS, shrink, to_display
 from hdrops.io import PICTURE_SUFFIXES, RADIANCE_SUFFIXES, InputError, Outputs, Pixels, read_image, sniff, write_image
+from hdrops.models._weights import load_state, read_state
 
 _GAMMA = 2.2
 
@@ -32,7 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, choices=models.names(), help="which system")
     parser.add_argument("--weights", metavar="FILE", help="its trained state dict (default: untrained, with a warning)")
     parser.add_argument(
-        "--config", metavar="NAME=VALUE", nargs="+", default=[], help="options of the system: variant=hss scales=2"
+        "--config",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="options of the system: variant=hss scales=2",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="HDR image: .exr, .hdr, .tif, .tiff")
     parser.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda, ...")
@@ -77,30 +84,29 @@ def load_weights(model: torch.nn.Module, path: str) -> None:
         InputError: the file cannot be read, or holds no state dict of this model.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle have many kinds for a file that is none of theirs
-        raise InputError(f"{path}: no file of weights ({str(error).splitlines()[0]})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds no state dict, but {type(state).__name__}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise InputError(f"{path}: does not fit the model: {lines[0] if lines else error}") from error
+        load_state("--weights", model, read_state("--weights", path), path)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+
+
+def _config(words: Sequence[str]) -> dict[str, object]:
+    """The options of ``--config``: Python's literals, and words for what is none."""
+    config: dict[str, object] = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign or not name:
+            raise InputError(f"--config {word}: is not of the form NAME=VALUE")
+        if name in config:
+            raise InputError(f"--config {word}: {name} is given twice")
+        try:
+            config[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that it raises
+            config[name] = value
+    return config
 
 
 def _model(args: argparse.Namespace) -> models.System:
-    config: dict[str, object] = {}
-    for word in args.config:
-        name, sign, value = word.partition("=")
-        if not sign:
-            raise InputError(f"--config {word}: is not of the form NAME=VALUE")
-        try:
-            config[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            config[name] = value
+    config = _config(args.config)
     torch.manual_seed(0)  # an untrained system is the same in every run
     try:
         model = models.create(args.model, **config)
@@ -116,12 +122,15 @@ def _model(args: argparse.Namespace) -> models.System:
 def _frames(args: argparse.Namespace, frames: int) -> tuple[Tensor, Tensor | None]:
     """Codes [1, frames, 3, H, W] in [0, 1] and the logarithms of the exposures, None for a system of one frame."""
     if frames > 1:
+        if args.images:  # before any is read; a list may name them instead
+            _check_count(args, len(args.images), frames)
         bracket = _crf_command.read(args)
-        if len(bracket.paths) != frames:
-            raise InputError(f"--model {args.model}: takes {frames} frames, got {len(bracket.paths)}")
+        _check_count(args, len(bracket.paths), frames)
         return _codes(bracket.frames, bracket.linear).movedim(-1, 1)[None], bracket.log_exposures[0]
-    if len(args.images) != 1:
-        raise InputError(f"--model {args.model}: takes one image, got {len(args.images)}")
+    for option in ("times", "ev", "list", "list_column", "align"):
+        if getattr(args, option):
+            raise InputError(f"--{option.replace('_', '-')}: is for brackets; --model {args.model} takes one image")
+    _check_count(args, len(args.images), frames)
     pixels = read_image(args.images[0])
     if pixels.dtype == np.float32:
         check_float(Path(args.images[0]), pixels)
@@ -129,10 +138,16 @@ def _frames(args: argparse.Namespace, frames: int) -> tuple[Tensor, Tensor | Non
     return _codes(np.ascontiguousarray(pixels), linear).movedim(-1, 0)[None, None], None
 
 
+def _check_count(args: argparse.Namespace, found: int, frames: int) -> None:
+    if found != frames:
+        takes = "one image" if frames == 1 else f"{frames} frames"
+        raise InputError(f"--model {args.model}: takes {takes}, got {found}")
+
+
 def _codes(pixels: Pixels, linear: bool) -> Tensor:
     largest = 1 if pixels.dtype == np.float32 else int(np.iinfo(pixels.dtype).max)
-    codes = torch.from_numpy(pixels.astype(np.float32)) / largest
-    return codes.pow(1 / _GAMMA) if linear else codes
+    codes = torch.from_numpy(pixels.astype(np.float32)).div_(largest)
+    return codes.pow_(1 / _GAMMA) if linear else codes
 
 
 def _predict(model: models.System, images: Tensor, exposures: Tensor | None) -> Pixels:

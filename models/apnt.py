@@ -59,9 +59,19 @@ import hdrops
 from hdrops.camera import mu_law
 from hdrops.models import losses
 from hdrops.models._blocks import ChannelAttentionBlock, OutputConv2d, start_by_xavier
-from hdrops.models._system import System, check_images, crop_to, exposure_ratios, middle_over_shortest, pad_to_multiple
+from hdrops.models._system import (
+    System,
+    at_least_float32,
+    check_images,
+    check_options,
+    crop_to,
+    exposure_ratios,
+    middle_over_shortest,
+    pad_to_multiple,
+)
 from hdrops.models.backbones import VGG, imagenet_normalize
 from hdrops.models.operations import PaperRow
+from hdrops.ops.patch_match import NORMALIZATIONS, PATCH_SIZES
 
 # Features that are matched, fine to coarse: of the whole, half and quarter resolution.
 VGG_LAYERS = ("relu1_1", "relu2_1", "relu3_1")
@@ -127,20 +137,22 @@ class APNTConfig:
             ("matching", ("vgg", "vgg_fine", "encoder")),
             ("vgg_curve", ("linear", "mu")),
             ("sigmoid", ("merge", "output")),
+            ("normalize", NORMALIZATIONS),
+            ("patch_size", PATCH_SIZES),
         ):
             if getattr(self, option) not in allowed:
-                raise ValueError(f"apnt: {option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}")
-        if self.channels < 2 or self.channels % 2 or self.blocks < 0:
-            raise ValueError(
-                f"apnt: channels must be even and positive and blocks not negative, got {self.channels}, {self.blocks}"
-            )
-        if len(self.radii) != len(VGG_LAYERS) or min(self.radii) < 0:
+                words = ", ".join(map(str, allowed))
+                raise ValueError(f"apnt: {option} must be one of {words}, got {getattr(self, option)!r}")
+        if len(self.radii) != len(VGG_LAYERS):
             raise ValueError(f"apnt: radii must be {len(VGG_LAYERS)} of at least 0, got {list(self.radii)}")
-        if not (0 < self.saturation <= 1 and self.gamma > 0 and self.mu > 0):
+        counts = {"channels": 2, "blocks": 0, "reduction": 1, "radii": 0}
+        check_options("apnt", self, least=counts, above={"gamma": 0, "mu": 0})
+        if self.channels % 2 or self.channels % self.reduction:
             raise ValueError(
-                "apnt: saturation must lie in (0, 1], gamma and mu above 0, got "
-                f"{self.saturation}, {self.gamma}, {self.mu}"
+                f"apnt: channels must be even and a multiple of reduction = {self.reduction}, got {self.channels}"
             )
+        if not 0 < self.saturation <= 1:
+            raise ValueError(f"apnt: saturation must lie in (0, 1], got {self.saturation}")
 
 
 def to_radiance(images: Tensor, times: Tensor, gamma: float = 2.2) -> Tensor:
@@ -151,9 +163,8 @@ def to_radiance(images: Tensor, times: Tensor, gamma: float = 2.2) -> Tensor:
         times: exposure times, [P] or [N, P].
         gamma: of the camera.
     """
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    times = times.to(images.device, dtype)
-    return images.to(dtype).clamp_min(0).pow(gamma) / times.reshape(-1, times.shape[-1], 1, 1, 1)
+    codes = at_least_float32(images)
+    return codes.clamp_min(0).pow(gamma) / times.to(codes).reshape(-1, times.shape[-1], 1, 1, 1)
 
 
 class Encoder(nn.Module):
@@ -248,6 +259,8 @@ class APNTFusion(System):
     float32 under autocast. With weights in channels_last the whole network runs in it. ``torch.compile`` finds no graph
     breaks.
 
+    Training, as the paper has it: :meth:`loss`, Adam with 1e-5, crops of 256 one at a time.
+
     The state dict has the names of the parts (``extract.weight``, ``encoder.levels.0.1.body.2.bias``, ...); those of
     VGG, under ``matching.vgg.features``, are torchvision's. A part that a configuration does not use is not there.
 
@@ -339,17 +352,18 @@ class APNTFusion(System):
 
     @staticmethod
     def prepare(images: Tensor, log_exposures: Tensor) -> tuple[Tensor, Tensor]:
-        """The arguments of ``forward``: the images, and times [1 or N, 3] relative to the shortest.
+        """The arguments of ``forward``: the images, and times [1 or N, 3] relative to the shortest, at least float32.
 
         Args:
-            images: float codes [N, 3, 3, H, W] in [0, 1], by ascending exposure.
+            images: float codes [N, 3, 3, H, W] in [0, 1], clamped to that, by ascending exposure.
             log_exposures: natural logarithms of seconds, [3] or [N, 3], ascending.
 
         Raises:
             ValueError: another shape, or exposures that do not ascend. TypeError: images that are not floating point.
         """
         check_images(APNTFusion.name, images, APNTFusion.frames)
-        return images, exposure_ratios(APNTFusion.name, log_exposures, images, reference=0).flatten(1)
+        codes = at_least_float32(images).clamp(0, 1)
+        return codes, exposure_ratios(APNTFusion.name, log_exposures, codes, reference=0).flatten(1)
 
     @staticmethod
     def encode_target(radiance: Tensor, log_exposures: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hdrops.models._weights import load_state, read_state
+
 # Channels of each block of convolutions.
 _BLOCKS = {
     16: ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
@@ -41,7 +43,7 @@ class VGG(nn.Module):
         weights: a file with torchvision's state dict of that VGG, "torchvision" to have torchvision load its own (which
             may download them), or None for a random start.
         seed: of the random start.
-        trainable: whether the weights are trained; frozen otherwise, and then always in evaluation.
+        trainable: whether the weights are trained; frozen otherwise.
 
     Shapes:
         [N, 3, H, W], already normalised as the weights expect -> one [N, C_l, H_l, W_l] for each layer.
@@ -92,15 +94,10 @@ class VGG(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def _load(self, weights: str | os.PathLike[str]) -> None:
-        if weights == "torchvision":
-            state = _from_torchvision(self.depth)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+        op = f"VGG{self.depth}"
+        state = _from_torchvision(self.depth) if weights == "torchvision" else read_state(op, weights)
         mine = {name: value for name, value in state.items() if name in self.state_dict()}
-        try:
-            self.load_state_dict(mine)
-        except RuntimeError as error:
-            raise ValueError(f"VGG: {weights} holds no state dict of VGG{self.depth}: {error}") from error
+        load_state(op, self, mine, weights)
 
 
 def imagenet_normalize(image: Tensor) -> Tensor:

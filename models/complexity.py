@@ -33,6 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hdrops.models.complexity", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="MODEL", help=f"of {', '.join(models.names())}; default: all")
     arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(models.names()))
+    if unknown:
+        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(models.names())}")
     titles = ("model", "line", "params/M", "paper", "", "fixed/G", "rule", "G", "paper")
     print("{:8s} {:34s} {:>9s} {:>10s} {:10s} {:>10s}  {:10s} {:>10s} {:>10s}".format(*titles))
     for name in arguments.names or models.names():

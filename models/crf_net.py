@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hdrops.models._weights import load_state, read_state
 from hdrops.models.duhdr_networks import SameConv2d, pad_same
 
 # Names of weights, as Caffe's converter to TensorFlow writes them and as torch does.
@@ -94,19 +95,11 @@ def load_crf_net(trunk: Trunk, path: str | os.PathLike[str]) -> None:
         ValueError: a file of another kind, or one that lacks a layer or has another shape.
     """
     path = Path(path)
-    if path.suffix == ".npy":
-        state = _from_caffe(_arrays(path), path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {name: value for name, value in state.items() if not name.startswith("conv1.")}
-    wanted = {name for name in trunk.state_dict() if not name.startswith("conv1.")}
-    missing = sorted(name for name in wanted - set(state) if not name.endswith("num_batches_tracked"))
-    if missing:
-        raise ValueError(f"duhdr: {path} lacks {len(missing)} weights of CRF-Net, {missing[0]} among them")
-    try:
-        trunk.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"duhdr: {path} does not fit CRF-Net: {error}") from error
+    state = _from_caffe(_arrays(path), path) if path.suffix == ".npy" else read_state("duhdr", path)
+    mine = trunk.state_dict()
+    state = {name: value for name, value in state.items() if name in mine}
+    own = {name: value for name, value in mine.items() if name.startswith("conv1.")}
+    load_state("duhdr: CRF-Net", trunk, {**state, **own}, path)
 
 
 def _from_caffe(layers: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdrops.models._system import System, crop_to, pad_to_multiple
+from hdrops.models._system import System, check_options, crop_to, pad_to_multiple
 from hdrops.models.diffhdr_layer import HDRLayer
 from hdrops.models.operations import PaperRow
 
@@ -30,15 +30,26 @@ class DiffHDRConfig:
         tone_channels: width of the global network's first level; each further level doubles it.
         edge_channels: of the local network.
         refine_channels: of the refinement network.
+        recurrent: whether the recurrent units' states go from step to step; False starts each step from zero.
+        conditional: whether each step has an affine map of its own in the instance norms; False is one for all steps.
         smoothness: lambda of the response's second differences.
         gradient_scale: slope of the HDR layer's lookup; 1 as printed, 255 the slope to pixels in [0, 1].
+
+    Both switches are rows of the paper's ablation, whose other networks are not described. "Decomposition" is
+    ``forward(refine=False)``, whose images are the global network's alone; the HDR layer and L_CoBi are in the losses.
     """
 
     tone_channels: int = 32
     edge_channels: int = 16
     refine_channels: int = 16
+    recurrent: bool = True
+    conditional: bool = True
     smoothness: float = 20.0
     gradient_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("tone_channels", "edge_channels", "refine_channels"), 1)
+        check_options("diffhdr", self, least=counts, above={"smoothness": 0, "gradient_scale": 0})
 
 
 class ExposureStack(NamedTuple):
@@ -61,13 +72,15 @@ class ConditionalInstanceNorm(nn.Module):
     The paper prints beta_e inside the division; its code has it outside, as conditional instance norm does elsewhere.
     """
 
-    def __init__(self, channels: int, conditions: int = len(EVS) - 1) -> None:
+    def __init__(self, channels: int, conditions: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(conditions, channels))
         self.bias = nn.Parameter(torch.zeros(conditions, channels))
 
     def forward(self, x: Tensor, condition: int) -> Tensor:
-        return F.instance_norm(x, weight=self.weight[condition], bias=self.bias[condition])
+        """Of the step ``condition``; a map that stands alone is every step's."""
+        mine = condition if len(self.weight) > 1 else 0
+        return F.instance_norm(x, weight=self.weight[mine], bias=self.bias[mine])
 
 
 class ConvGRU(nn.Module):
@@ -169,10 +182,13 @@ class UNet(nn.Module):
 class ToneNet(nn.Module):
     """The global network: the photograph one stop further, by its tones. [N, 3, H, W] in [-1, 1], likewise out."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, conditions: int) -> None:
         super().__init__()
-        pool = nn.AvgPool2d(2)
-        self.body = UNet(3, channels, 5, pool, "bilinear", True, None, ConditionalInstanceNorm, 1)
+
+        def norm(channels: int) -> nn.Module:
+            return ConditionalInstanceNorm(channels, conditions)
+
+        self.body = UNet(3, channels, 5, nn.AvgPool2d(2), "bilinear", True, None, norm, 1)
         self.exit = nn.Conv2d(2 * channels, 3, 3, padding=1)
 
     def forward(self, image: Tensor, condition: int, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -183,10 +199,13 @@ class ToneNet(nn.Module):
 class EdgeNet(nn.Module):
     """The local network: the edge map one stop further, from grey and edges. [N, 2, H, W] -> [N, 1, H, W] in [0, 1]."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, conditions: int) -> None:
         super().__init__()
-        norm, pool = ConditionalInstanceNorm, nn.MaxPool2d(2)
-        self.body = UNet(2, channels, 4, pool, "nearest", True, norm, norm, 1)
+
+        def norm(channels: int) -> nn.Module:
+            return ConditionalInstanceNorm(channels, conditions)
+
+        self.body = UNet(2, channels, 4, nn.MaxPool2d(2), "nearest", True, norm, norm, 1)
         self.exit = nn.Conv2d(2 * channels, 2, 3, padding=1)
         self.exit_norm = norm(2)
         self.edge = nn.Conv2d(4, 1, 3, padding=1)
@@ -220,8 +239,9 @@ class StopNet(nn.Module):
 
     def __init__(self, config: DiffHDRConfig) -> None:
         super().__init__()
-        self.tone = ToneNet(config.tone_channels)
-        self.edge = EdgeNet(config.edge_channels)
+        conditions = len(EVS) - 1 if config.conditional else 1
+        self.tone = ToneNet(config.tone_channels, conditions)
+        self.edge = EdgeNet(config.edge_channels, conditions)
         self.refine = RefineNet(config.refine_channels)
 
     def forward(
@@ -249,14 +269,27 @@ class DiffHDR(System):
 
     Shapes:
         image [N, 3, H, W] in [-1, 1], edge [N, 1, H, W] in {0, 1} or None: then :func:`canny_edges` finds them, on the
-        CPU. H and W multiples of 32 (``predict`` pads) -> :class:`ExposureStack`.
+        CPU. H and W multiples of 32 (``predict`` pads), converted to the weights' type -> :class:`ExposureStack`.
 
     Parameters are named ``up`` and ``down``, then ``tone``, ``edge``, ``refine``, then ``body.entry``,
     ``body.encoder.L``, ``body.gru``, ``body.bottleneck``, ``body.decoder.L`` and ``exit``.
 
+    Training, as the code has it: ``DiffHDRLoss`` and ``CentralizedAdam`` of :mod:`hdrops.models.diffhdr_losses`, 1e-4
+    for the global and local networks, 1e-5 for the refinement; single 256 x 256 images, flipped and scaled at random;
+    80,000 iterations, the first 10,000 with ``refine=False`` and without L_HDR. Each takes a step with ``teacher`` from
+    a random exposure value, and one without from -1, 0 or 1. With ``refine=False``, and from -3 or 3, some networks are
+    not used: DistributedDataParallel then needs ``find_unused_parameters``.
+
     Where paper and public code differ: the shift of conditional instance norm is outside its division (code); the
     output norm of the local network takes the step's own map (the code always takes the first, by a missing argument);
     the slope of the response at code 0 is g(0) (equation 3; the code reads the index of the first pixel).
+
+    Example:
+        >>> import torch, hdrops.models
+        >>> model = hdrops.models.create("diffhdr", tone_channels=2, edge_channels=2, refine_channels=2).eval()
+        >>> with torch.no_grad():
+        ...     model.predict(torch.rand(1, 1, 3, 40, 50)).shape
+        torch.Size([1, 3, 40, 50])
     """
 
     name = "diffhdr"
@@ -272,7 +305,8 @@ class DiffHDR(System):
         )
     )
 
-    def __init__(self, config: DiffHDRConfig) -> None:
+    def __init__(self, config: DiffHDRConfig | None = None) -> None:
+        config = config or DiffHDRConfig()
         super().__init__(config)
         self.up = StopNet(config)
         self.down = StopNet(config)
@@ -301,14 +335,19 @@ class DiffHDR(System):
         """
         self._check(image, edge, ev, teacher)
         edge = canny_edges(image) if edge is None else edge
+        weight = self.up.edge.edge.weight
+        image, edge = image.to(weight.dtype), edge.to(weight.dtype)
         found = {ev: (image, image, edge)}
         for net, step in ((self.up, 1), (self.down, -1)):
             states: tuple[Tensor | None, Tensor | None] = (None, None)
             current, current_edge, at = image, edge, ev
             while EVS[0] <= at + step <= EVS[-1]:
                 if teacher is not None:
-                    current, current_edge = (part[:, at - EVS[0]] for part in (teacher.images, teacher.edges))
+                    true = (teacher.images, teacher.edges)
+                    current, current_edge = (part[:, at - EVS[0]].to(weight.dtype) for part in true)
                     states = _detached(states[0]), _detached(states[1])
+                if not self.config.recurrent:
+                    states = (None, None)
                 condition = min(at, at + step) - EVS[0]
                 current, tone, current_edge, states = net(current, current_edge, condition, states, refine)
                 at += step
@@ -325,27 +364,34 @@ class DiffHDR(System):
         last = part.split(".")[-1]
         if last in channels:
             return torch.rand(1, channels[last], height, width), 0, None
-        if last == "layer":
-            return torch.rand(1, len(EVS), 3, height, width).sort(1).values, log_exposures()
         images = [torch.rand(1, count, height, width) for count in (3, 3, 1)]
-        return tuple(images) if last == "refine" else (images[0], images[2])
+        if part and last != "refine":
+            parts = ", ".join(f"{net}.{name}" for net in ("up", "down") for name in (*channels, "refine"))
+            raise ValueError(f"diffhdr: complexity is told of the whole network or of {parts}, not of {part!r}")
+        return tuple(images) if part else (images[0], images[2])
 
     def _predict(self, images: Tensor, log_exposures: Tensor) -> Tensor:
-        image, size = pad_to_multiple(images[:, 0].clamp(0, 1) * 2 - 1, 32)
+        image, size = pad_to_multiple(images[:, 0] * 2 - 1, 32)
         return crop_to(self.radiance(self(image).images), size)
 
     def _check(self, image: Tensor, edge: Tensor | None, ev: int, teacher: ExposureStack | None) -> None:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"diffhdr: image must be a tensor, got {type(image).__name__}")
         if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % 32 or image.shape[3] % 32:
             raise ValueError(
                 f"diffhdr: image must be [N, 3, H, W] with H and W multiples of 32, got shape {list(image.shape)}"
             )
         if not image.is_floating_point():
             raise TypeError(f"diffhdr: image must be floating point in [-1, 1], got {image.dtype}")
-        if ev not in EVS:
+        if 0 in image.shape:
+            raise ValueError(f"diffhdr: image must have pixels, got shape {list(image.shape)}")
+        if not isinstance(ev, int) or ev not in EVS:
             raise ValueError(f"diffhdr: ev must be an integer from {EVS[0]} to {EVS[-1]}, got {ev!r}")
         n, _, height, width = image.shape
         expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [("edge", edge, (n, 1, height, width))]
         if teacher is not None:
+            if not isinstance(teacher, ExposureStack):
+                raise TypeError(f"diffhdr: teacher must be an ExposureStack, got {type(teacher).__name__}")
             expected += [
                 ("teacher.images", teacher.images, (n, len(EVS), 3, height, width)),
                 ("teacher.edges", teacher.edges, (n, len(EVS), 1, height, width)),
@@ -368,7 +414,8 @@ def log_exposures(device: torch.device | None = None) -> Tensor:
 def canny_edges(images: Tensor) -> Tensor:
     """Canny's edges of images [..., 3, H, W] in [-1, 1]: [..., 1, H, W], 0 or 1, without a gradient (equation 5).
 
-    Grey in [0, 1] is smoothed by a Gaussian of sigma 2; the thresholds of its Sobel magnitude are 0.1 and 0.2.
+    Grey in [0, 1], NaN counted as 0, is smoothed by a Gaussian of sigma 2; the thresholds of its Sobel magnitude are
+    0.1 and 0.2.
 
     Raises:
         ImportError: OpenCV is not installed.
@@ -380,7 +427,7 @@ def canny_edges(images: Tensor) -> Tensor:
     # Derivatives in fixed point, as OpenCV takes them: the largest, 4, becomes 2^13.
     scale = 2.0**11
     luma = images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(3, 1, 1)
-    grey = ((images.detach().float() + 1) / 2 * luma).sum(-3).clamp(0, 1).cpu().numpy()
+    grey = ((images.detach().float() + 1) / 2 * luma).sum(-3).nan_to_num().clamp(0, 1).cpu().numpy()
     edges = torch.empty(grey.shape, dtype=torch.uint8)
     for plane, out in zip(grey.reshape(-1, *grey.shape[-2:]), edges.view(-1, *grey.shape[-2:]), strict=True):
         smooth = cv2.GaussianBlur(plane, (0, 0), 2, borderType=cv2.BORDER_REPLICATE)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hdrops import crf_lookup
 from hdrops.camera import solve_debevec
+from hdrops.models._system import at_least_float32
 
 LEVELS = 256
 # Curve values at or below zero count as this, before the logarithm.
@@ -33,6 +34,14 @@ class HDRLayer(nn.Module):
         stack [N, P, 3, H, W] in [0, 1], clamped to it, in any order; log_exposures [P], natural logarithms of seconds
         -> radiance [N, 3, H, W], and curve [N, 3, 256], relative exposure per code, the largest of the last channel 1.
 
+    The curve is solved in float64; the rest computes in float32, or in float64 for a stack of that type, also under
+    autocast.
+
+    Raises:
+        ValueError: other shapes, exposures that are not finite, or a stack in which nothing fixes a curve, such as one
+            of black frames alone (:func:`hdrops.camera.solve_debevec`).
+        TypeError: no tensors, or a stack that is not floating point.
+
     Example:
         >>> import torch
         >>> from hdrops.models.diffhdr_layer import HDRLayer
@@ -50,14 +59,23 @@ class HDRLayer(nn.Module):
         self.gradient_scale = gradient_scale
 
     def forward(self, stack: Tensor, log_exposures: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(stack, Tensor) or not isinstance(log_exposures, Tensor):
+            raise TypeError(
+                "HDRLayer: stack and log_exposures must be tensors, got "
+                f"{type(stack).__name__} and {type(log_exposures).__name__}"
+            )
+        if not stack.is_floating_point():
+            raise TypeError(f"HDRLayer: stack must be floating point in [0, 1], got {stack.dtype}")
         if stack.dim() != 5 or stack.shape[2] != 3 or log_exposures.shape != stack.shape[1:2]:
             raise ValueError(
                 f"HDRLayer: stack must be [N, P, 3, H, W] with log_exposures [P], got {list(stack.shape)} and "
                 f"{list(log_exposures.shape)}"
             )
+        if not bool(log_exposures.isfinite().all()):
+            raise ValueError(f"HDRLayer: log_exposures must be finite, got {log_exposures.tolist()}")
         # The solve and the logarithms are wide also under autocast.
         with torch.autocast(stack.device.type, enabled=False):
-            stack = stack.float().clamp(0, 1)
+            stack = at_least_float32(stack).clamp(0, 1)
             log_exposures = log_exposures.to(stack)
             curve = self.response(stack.detach(), log_exposures)
             return self.merge(stack, log_exposures, curve), curve
@@ -97,7 +115,8 @@ def histogram_quantiles(stack: Tensor) -> Tensor:
     For the share u the code whose cumulative share is nearest to u, the first of equals.
     """
     n, frames, channels = stack.shape[:3]
-    codes = (stack.flatten(3) * (LEVELS - 1)).round().long()
+    # NaN, which has no code, counts as black here; as an index it would lie outside of the table.
+    codes = (stack.flatten(3).nan_to_num() * (LEVELS - 1)).round().long()
     counts = torch.zeros(n, frames, channels, LEVELS, dtype=torch.float64, device=stack.device)
     counts.scatter_add_(3, codes, torch.ones((), dtype=torch.float64, device=stack.device).expand(codes.shape))
     share = counts.cumsum(3) / codes.shape[3]

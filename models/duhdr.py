@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import hdrops
 from hdrops.models import crf_net, duhdr_training
-from hdrops.models._system import System, crop_to, pad_to_multiple
+from hdrops.models._system import System, check_options, crop_to, pad_to_multiple
 from hdrops.models.duhdr_networks import Dnet, ITnet, OOnet, check_image
 from hdrops.models.duhdr_response import ResponseNet
 from hdrops.models.operations import PaperRow
@@ -50,6 +50,7 @@ class DuHDRConfig:
 
     Attributes:
         downblock: of OOnet, "rfb" (the text) or "conv" (what the paper's complexity was counted with).
+        multi_scale: whether OOnet has MS-SE in its middle; without, "conv" and "rfb" are the ablation's U-Net and RFB.
         alpha: radiance from which ITnet's mask rises; 0.88 to go with SingleHDR's weights.
         components: coefficients of a response curve.
         secondary: whether to have Nnet, which training needs and inference does not.
@@ -70,6 +71,7 @@ class DuHDRConfig:
     """
 
     downblock: str = "rfb"
+    multi_scale: bool = True
     alpha: float = 0.95
     components: int = 11
     secondary: bool = True
@@ -87,11 +89,8 @@ class DuHDRConfig:
     iterations: int = 3
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"duhdr: iterations must be at least 1, got {self.iterations}")
-        for name in ("dn_dual", "dnm_dual", "dnm_dn", "prec", "itn_dual"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"duhdr: {name} must be at least 0, got {getattr(self, name)}")
+        weights = dict.fromkeys(("dn_dual", "dnm_dual", "dnm_dn", "prec", "itn_dual"), 0)
+        check_options("duhdr", self, least={**weights, "iterations": 1, "components": 1}, above={})
 
 
 class Reconstruction(NamedTuple):
@@ -115,7 +114,8 @@ class DuHDR(System):
 
     Shapes:
         ``forward``: L [N, 3, H, W], RGB codes in [0, 1], any H and W -> :class:`Reconstruction`. Sizes that are no
-        multiples of 32 are padded by reflection inside. ``predict`` resizes and pads as the published inference does.
+        multiples of 32 are padded by reflection inside; L is converted to the weights' type. ``predict`` resizes and
+        pads as the published inference does.
 
     Radiance is relative: training sets the mean of its HDR images to 0.5.
 
@@ -154,7 +154,7 @@ class DuHDR(System):
         self.dnet = Dnet()
         self.innet = ResponseNet(config.invemor, inverse=True, components=config.components)
         self.itnet = ITnet(config.alpha, config.vgg_weights, config.vgg_input, config.seed)
-        self.oonet = OOnet(config.downblock)
+        self.oonet = OOnet(config.downblock, config.multi_scale)
         self.nnet = ResponseNet(config.emor, inverse=False, components=config.components) if config.secondary else None
         if config.crf_net is not None:
             for net in (self.innet, self.nnet):
@@ -163,7 +163,7 @@ class DuHDR(System):
 
     def forward(self, ldr: Tensor) -> Reconstruction:
         check_image("duhdr", ldr)
-        padded, size = pad_to_multiple(ldr, ITnet.MULTIPLE)
+        padded, size = pad_to_multiple(ldr.to(self.itnet.fuse.weight.dtype), ITnet.MULTIPLE)
         nonlinear = self.dnet(padded)
         clipped = self.innet(nonlinear)
         restored = self.itnet(clipped)

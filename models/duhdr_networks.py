@@ -257,6 +257,7 @@ class OOnet(_UNet):
     Args:
         downblock: "rfb", average pooling and a receptive field block, as the text and figure 4 have it; or "conv",
             pooling and two convolutions, with which the parameters and operations that the paper prints come out.
+        multi_scale: False leaves MS-SE out, and nothing in its place.
 
     Shapes:
         H_hat, I_clip and I_n [N, 3, H, W], H and W multiples of 32 -> [N, 3, H, W], at least 0.
@@ -264,7 +265,7 @@ class OOnet(_UNet):
 
     MULTIPLE = 32
 
-    def __init__(self, downblock: str = "rfb") -> None:
+    def __init__(self, downblock: str = "rfb", multi_scale: bool = True) -> None:
         if downblock not in ("rfb", "conv"):
             raise ValueError(f"duhdr: downblock must be 'rfb' or 'conv', got {downblock!r}")
         widths, kernels = (16, 32, 64, 128, 128), (5, 3, 3, 3)
@@ -274,7 +275,7 @@ class OOnet(_UNet):
                 blocks.append(nn.Sequential(nn.AvgPool2d(2), ReceptiveFieldBlock(widths[i], widths[i + 1])))
             else:
                 blocks.append(_down(widths[i], widths[i + 1], kernel))
-        super().__init__(9, widths, blocks, MultiScaleSE(widths[-1]))
+        super().__init__(9, widths, blocks, MultiScaleSE(widths[-1]) if multi_scale else nn.Identity())
 
     def forward(self, restored: Tensor, clipped: Tensor, nonlinear: Tensor) -> Tensor:
         for image in (restored, clipped, nonlinear):

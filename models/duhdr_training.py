@@ -28,6 +28,9 @@ Eq. 6, 14 and 20 are smallest for networks that do nothing. The paper does not s
 that; here each of the three steps takes a paired batch beside its unpaired one and adds the paired loss of the same
 networks (its ``guard``: Eq. 5, 13, 17), unless the caller says otherwise.
 
+The losses call the networks one by one: for DistributedDataParallel wrap a module whose ``forward`` is the loss of the
+phase, after :func:`prepare`, so that only what is trained asks for gradients.
+
 Losses compute in float32 or what autocast gives; log is log(x + 1/255), as in the published code.
 """
 

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hdrops.models._blocks import OutputConv2d
-from hdrops.models._system import System, check_frames, check_images, crop_to, exposure_ratios, pad_to_multiple
+from hdrops.models._system import (
+    System,
+    at_least_float32,
+    check_frames,
+    check_images,
+    check_options,
+    crop_to,
+    exposure_ratios,
+    pad_to_multiple,
+)
 from hdrops.models.losses import NTIRE_GAMMA, check_same_shape, ntire_tonemap, ntire_white
 from hdrops.models.operations import PaperRow
 
@@ -43,6 +52,7 @@ class EAPNetConfig:
         mu: of the loss's tone mapping.
         tanh_weight: of the loss's first part.
         mu_weight: of the loss's second part.
+        l1_weight: of the plain mean absolute difference, with which the paper compares its loss.
     """
 
     blocks: int = 4
@@ -56,14 +66,15 @@ class EAPNetConfig:
     mu: float = 5000.0
     tanh_weight: float = 1.0
     mu_weight: float = 1.0
+    l1_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("align", ("full", "half", "none")), ("upsampling", ("bilinear", "transposed"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"eapnet: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name, least in (("blocks", 0), ("channels", 1), ("restoration_channels", 1), ("growth", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"eapnet: {name} must be at least {least}, got {getattr(self, name)}")
+        least = dict.fromkeys(("blocks", "dense_layers", "tanh_weight", "mu_weight", "l1_weight"), 0)
+        counts = dict.fromkeys(("channels", "restoration_channels", "growth"), 1)
+        check_options("eapnet", self, least={**least, **counts}, above={"mu": 0})
 
 
 class SeparableConv2d(nn.Sequential):
@@ -204,7 +215,8 @@ class EAPNet(System):
         0, gamma-encoded (linear is its 2.24th power), 1 being white of the medium exposure. Padding by reflection to
         multiples of 4 is inside: 1060x1900, which the paper pads to 1080x1920, needs none.
 
-    ``predict`` linearises. Images are float32 under autocast. Channels-last frames and weights stay so.
+    ``predict`` linearises. Frames are converted to the weights' type; images are float32 under autocast. Channels-last
+    frames and weights stay so.
 
     Training, as the paper has it: :meth:`loss`; crops of 256 with half overlap, batches of 32; Adam, 8e-4 after 1,000
     steps of linear warm-up, times 0.75 every 100,000 steps; :class:`EMA`.
@@ -280,14 +292,16 @@ class EAPNet(System):
             TypeError: a value of another type than the option's default.
         """
         variant = config.pop("variant", "standard")
-        if variant not in VARIANTS:
+        if not isinstance(variant, str) or variant not in VARIANTS:
             raise ValueError(f"eapnet: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        return super().build(**{**VARIANTS[str(variant)], **config})
+        return super().build(**{**VARIANTS[variant], **config})
 
     def forward(self, short: Tensor, medium: Tensor, long: Tensor) -> Tensor:
         check_frames(self.name, (short, medium, long), 6)
         size = (short.shape[2], short.shape[3])
-        frames = [pad_to_multiple(frame, self.MULTIPLE)[0] for frame in (short, medium, long)]
+        frames = [
+            pad_to_multiple(frame.to(self.head.weight.dtype), self.MULTIPLE)[0] for frame in (short, medium, long)
+        ]
         features = [self.encoders[index % len(self.encoders)](frame) for index, frame in enumerate(frames)]
         high, low = (
             self._guided(guides, [feature[scale] for feature in features])
@@ -311,7 +325,8 @@ class EAPNet(System):
             L = \overline{|tanh(\hat H) - tanh(H)|} + \overline{|U(\hat H) - U(H)|}, \quad
             U(x) = log(1 + \mu \, tanh(x^{2.24} / w)) / log(1 + \mu)
 
-        with w the 99th percentile of each target's linear values (:func:`hdrops.models.losses.ntire_white`).
+        with w the 99th percentile of each target's linear values (:func:`hdrops.models.losses.ntire_white`). The paper
+        compares it with its parts and with plain L1: options ``tanh_weight``, ``mu_weight``, ``l1_weight``.
 
         Args:
             outputs: what ``forward`` gave.
@@ -324,10 +339,11 @@ class EAPNet(System):
             ValueError: the shapes differ.
         """
         check_same_shape("eapnet", outputs, target)
-        white, mu = ntire_white(target), self.config.mu
+        config, white = self.config, ntire_white(target)
         by_tanh = F.l1_loss(outputs.tanh(), target.tanh())
-        by_mu = F.l1_loss(ntire_tonemap(outputs, white, mu), ntire_tonemap(target, white, mu))
-        return self.config.tanh_weight * by_tanh + self.config.mu_weight * by_mu
+        by_mu = F.l1_loss(ntire_tonemap(outputs, white, config.mu), ntire_tonemap(target, white, config.mu))
+        loss = config.tanh_weight * by_tanh + config.mu_weight * by_mu
+        return loss + config.l1_weight * F.l1_loss(outputs, target) if config.l1_weight else loss
 
     @staticmethod
     def prepare(images: Tensor, log_exposures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,14 +356,15 @@ class EAPNet(System):
             log_exposures: natural logarithms of seconds, [3] or [N, 3], ascending.
 
         Returns:
-            Three [N, 6, H, W]: RGB code, then the RGB code it would have at the medium exposure, without an upper end.
+            Three [N, 6, H, W], at least float32: RGB code, then the RGB code it would have at the medium exposure,
+            without an upper end.
 
         Raises:
             ValueError: another shape, or exposures that do not ascend. TypeError: images that are not floating point.
         """
         check_images(EAPNet.name, images, EAPNet.frames)
-        codes = images.clamp(0, 1)
-        aligned = codes * exposure_ratios(EAPNet.name, log_exposures, images, reference=1).pow(-1 / NTIRE_GAMMA)
+        codes = at_least_float32(images).clamp(0, 1)
+        aligned = codes * exposure_ratios(EAPNet.name, log_exposures, codes, reference=1).pow(-1 / NTIRE_GAMMA)
         short, medium, long = torch.cat((codes, aligned), 2).unbind(1)
         return short, medium, long
 
@@ -364,7 +381,9 @@ class EAPNet(System):
     def example_inputs(self, height: int, width: int, part: str = "") -> tuple[Tensor, ...]:
         """Arguments for one image; of a part of ``blocks`` the feature that it takes."""
         if part.split(".")[0] == "blocks":
-            return (torch.rand(1, self.config.restoration_channels, height // 2, width // 2),)
+            # Of the image as forward pads it.
+            half = (-(-length // self.MULTIPLE) * self.MULTIPLE // 2 for length in (height, width))
+            return (torch.rand(1, self.config.restoration_channels, *half),)
         if part:
             raise ValueError(f"eapnet: complexity is told of the whole network or its blocks, not of {part!r}")
         return tuple(torch.rand(1, 6, height, width) for _ in range(3))
@@ -400,8 +419,10 @@ class EMA(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.5, interval: int = 5000) -> None:
-        if interval < 1:
-            raise ValueError(f"EMA: interval must be at least 1, got {interval}")
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"EMA: interval must be an integer of at least 1, got {interval!r}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"EMA: decay must lie in [0, 1], got {decay}")
         super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.interval = interval
 

@@ -160,13 +160,17 @@ def measure(model: nn.Module, inputs: Callable[[], Sequence[Any]]) -> Report:
     Neither the model nor its arguments need memory beyond the model's own.
     """
     parameters = list(model.parameters())
-    mode, training = FakeTensorMode(allow_non_fake_inputs=True), model.training
+    device = parameters[0].device if parameters else torch.device("cpu")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Each module's own: training may hold parts of a model in evaluation mode.
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with recorded(model) as calls, mode, torch.no_grad(), torch.device(parameters[0].device):
+        with recorded(model) as calls, mode, torch.no_grad(), torch.device(device):
             model(*inputs())
     finally:
-        model.train(training)
+        for module, was in training:
+            module.training = was
     return Report(
         parameters=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),

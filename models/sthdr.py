@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from hdrops.models._blocks import OutputConv2d
 from hdrops.models._system import (
     System,
+    at_least_float32,
     check_frames,
     check_images,
+    check_options,
     crop_to,
     exposure_ratios,
     middle_over_shortest,
@@ -63,11 +65,15 @@ class STHDRConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"sthdr: variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        for name in ("scales", "channels", "stem_channels", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sthdr: {name} must be at least 1, got {getattr(self, name)}")
+        counts = dict.fromkeys(("scales", "channels", "stem_channels", "depth", "offset_groups"), 1)
+        least = {**counts, "slope": 0, "scale_weights": 0, "first_stage_weight": 0}
+        check_options("sthdr", self, least=least, above={"context_ratio": 0, "mu": 0})
         if self.channels % 2:
             raise ValueError(f"sthdr: channels must be even, for half of them are normalised, got {self.channels}")
+        if self.channels % self.offset_groups:
+            raise ValueError(
+                f"sthdr: channels must be a multiple of offset_groups = {self.offset_groups}, got {self.channels}"
+            )
         if len(self.scale_weights) < self.levels:
             raise ValueError(f"sthdr: scale_weights must be at least {self.levels}, got {len(self.scale_weights)}")
 
@@ -306,7 +312,8 @@ class STHDR(System):
         2^(depth - 1 + scales - 1) = 16 -> :class:`STHDROutput`. Padding by reflection to multiples of 16 is inside.
 
     Radiance is relative to white of the shortest exposure inside (the paper keeps it in [0, 1]); ``predict`` gives it
-    relative to the middle exposure. Images are float32 under autocast. Channels-last frames and weights stay so.
+    relative to the middle exposure. Frames are converted to the weights' type; images are float32 under autocast.
+    Channels-last frames and weights stay so.
 
     Training, as the paper has it: :meth:`loss`; Adam with betas 0.9 and 0.999, cosine from 1e-4 to 1e-6; crops of 256,
     batches of 16, flips and rotations; then 2,000 epochs with crops of 384 and batches of 8.
@@ -374,7 +381,8 @@ class STHDR(System):
                 f"sthdr: height or width must be above {self.multiple}, for instance norm needs two pixels at the "
                 f"coarsest level, got {height}x{width}"
             )
-        pyramid = [[pad_to_multiple(frame, self.multiple)[0] for frame in (short, medium, long)]]
+        frames = [frame.to(self.merge.head.weight.dtype) for frame in (short, medium, long)]
+        pyramid = [[pad_to_multiple(frame, self.multiple)[0] for frame in frames]]
         for _ in range(self.config.levels - 1):
             pyramid.append([F.avg_pool2d(frame, 2) for frame in pyramid[-1]])
         images: list[Tensor] = []
@@ -434,14 +442,15 @@ class STHDR(System):
             log_exposures: natural logarithms of seconds, [3] or [N, 3], ascending.
 
         Returns:
-            Three [N, 6, H, W]: RGB code, then RGB radiance in [0, 1] relative to white of the shortest exposure.
+            Three [N, 6, H, W], at least float32: RGB code, then RGB radiance in [0, 1] relative to white of the
+            shortest exposure.
 
         Raises:
             ValueError: another shape, or exposures that do not ascend. TypeError: images that are not floating point.
         """
         check_images(STHDR.name, images, STHDR.frames)
-        codes = images.clamp(0, 1)
-        radiance = codes.pow(GAMMA) / exposure_ratios(STHDR.name, log_exposures, images, reference=0)
+        codes = at_least_float32(images).clamp(0, 1)
+        radiance = codes.pow(GAMMA) / exposure_ratios(STHDR.name, log_exposures, codes, reference=0)
         short, medium, long = torch.cat((codes, radiance), 2).unbind(1)
         return short, medium, long
 

@@ -113,6 +113,10 @@ def test_what_is_wrong_is_said_in_one_line(capsys, tmp_path: Path, frames: list[
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pt")
+    torch.save({"gain": torch.zeros(2)}, tmp_path / "shape.pt")
+    torch.save(Mean(Options()), tmp_path / "model.pt")
+    (tmp_path / "empty.pt").touch()
     output = ["-o", tmp_path / "a.exr"]
     small = tmp_path / "small.png"
     cv2.imwrite(str(small), np.zeros((4, 4, 3), np.uint16))
@@ -123,20 +127,49 @@ def test_what_is_wrong_is_said_in_one_line(capsys, tmp_path: Path, frames: list[
         ([*frames, *three], "no exposure time"),
         ([*frames[:2], small, "--ev", "4,2,0", *three], "the frames of a bracket have one size"),
         ([*frames, "--model", "one", *output], "--model one: takes one image, got 3"),
-        ([frames[0], "--model", "one", *output, "--weights", tmp_path / "bad.pt"], "bad.pt: no file of weights"),
-        ([frames[0], "--model", "one", *output, "--weights", tmp_path / "none.pt"], "none.pt: no file of weights"),
-        ([frames[0], "--model", "one", *output, "--weights", tmp_path / "other.pt"], "does not fit the model"),
-        ([frames[0], "--model", "one", *output, "--weights", tmp_path / "list.pt"], "holds no state dict, but list"),
-        ([frames[0], "--model", "one", *output, "--config", "depth=3"], "unknown option depth; it has gain"),
-        ([frames[0], "--model", "one", *output, "--config", "depth"], "is not of the form NAME=VALUE"),
+        ([frames[0], "--ev", "0", *three], "--model mean: takes 3 frames, got 1"),
+        ([*frames, frames[0], "--ev", "2,1,0,3", *three], "--model mean: takes 3 frames, got 4"),
         ([frames[0], "--model", "one", "-o", frames[0]], "names no output format"),
-        ([frames[0], "--model", "one", *output, "--config", "gain=float('nan')"], "--config"),
     ]
+    one = [frames[0], "--model", "one", *output]
+    cases += [([*one, f"--{option}", "1"], f"--{option}: is for brackets") for option in ("ev", "times", "list")]
+    for words, message in (
+        (("depth=3",), "unknown option depth; it has gain"),
+        (("depth",), "--config depth: is not of the form NAME=VALUE"),
+        (("=3",), "--config =3: is not of the form NAME=VALUE"),
+        (("gain=float('nan')",), "--config: one: gain must be of type float"),
+        (("gain={[]:1}",), "--config: one: gain must be of type float, got '{[]:1}'"),
+        (("gain=True",), "--config: one: gain must be of type float, got True"),
+        (("depth=3", "--config", "gain=2.0"), "unknown option depth"),  # the first is not forgotten
+        (("gain=1.0", "gain=2.0"), "--config gain=2.0: gain is given twice"),
+    ):
+        cases.append(([*one, "--config", *words], message))
+    for name, message in (
+        ("bad", "bad.pt must hold a state dict of tensors alone"),
+        ("empty", "empty.pt is no file of weights"),
+        ("none", "none.pt cannot be read: No such file"),
+        ("other", "other.pt does not fit the model: it lacks 1 of 1 weights, gain first; it has 1 others, other first"),
+        ("shape", "shape.pt does not fit the model: 1 are of another form: gain must be [], got [2]"),
+        ("list", "list.pt must hold a state dict, names with tensors, got one list"),
+        ("numbers", "numbers.pt must hold a state dict, names with tensors, got 0 with Tensor"),
+        ("model", "model.pt must hold a state dict of tensors alone"),
+    ):
+        cases.append(([*one, "--weights", tmp_path / f"{name}.pt"], f"--weights: {tmp_path}/{message}"))
     for words, message in cases:
         code, out, err = run(capsys, *words)
         assert code == 2 and out == "" and message in err, (words, err)
         assert len(err.strip().splitlines()) == 1 + err.count("warning"), err
     assert not (tmp_path / "a.exr").exists()
+
+
+def test_an_image_that_was_there_stays_when_something_fails(capsys, tmp_path: Path, frames: list[str]) -> None:
+    for name in ("a.exr", "a_preview.png"):
+        (tmp_path / name).write_text("as it was")
+    torch.save({"gain": torch.tensor(torch.nan)}, tmp_path / "nan.pt")
+    for words in (["--config", "depth=3"], ["--weights", tmp_path / "nan.pt"]):
+        assert run(capsys, frames[0], "--model", "one", "-o", tmp_path / "a.exr", *words)[0] == 2
+    assert {(tmp_path / name).read_text() for name in ("a.exr", "a_preview.png")} == {"as it was"}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_commands_of_hdrops_are_there_too(capsys) -> None:

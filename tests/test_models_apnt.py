@@ -369,6 +369,8 @@ def test_preparation_makes_the_shortest_exposure_the_unit() -> None:
     middle = radiance * torch.tensor([4.0, 2.0]).view(2, 1, 1, 1)
     torch.testing.assert_close(APNTFusion.decode(radiance, logs), middle)
     torch.testing.assert_close(APNTFusion.encode_target(middle, logs), radiance)
+    codes, _ = APNTFusion.prepare(3 * images.half() - 1, logs)
+    assert codes.dtype == torch.float32 and codes.min() == 0 and codes.max() == 1
     with pytest.raises(ValueError, match="exposures must ascend"):
         APNTFusion.prepare(images, logs.flip(1))
     with pytest.raises(ValueError, match=r"log_exposures must be \[3\] or \[2, 3\], got shape \[2\]"):

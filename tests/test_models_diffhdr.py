@@ -106,6 +106,22 @@ def test_each_step_has_its_own_map_and_the_states_matter(model: DiffHDR) -> None
     assert not torch.equal(forced.edges[:, 5], again.edges[:, 5])
 
 
+def test_states_and_maps_can_be_taken_out() -> None:
+    torch.manual_seed(0)
+    model = models.create("diffhdr", recurrent=False, conditional=False, **SMALL)
+    maps = [m.weight for m in model.modules() if isinstance(m, ConditionalInstanceNorm)]
+    assert maps and all(len(weight) == 1 for weight in maps)
+    # Every step is then the same function of the image and the edges before it.
+    image, edge = torch.rand(1, 3, 32, 32) * 2 - 1, (torch.rand(1, 1, 32, 32) > 0.8).float()
+    teacher = ExposureStack(*(part[:, None].repeat(1, 7, 1, 1, 1) for part in (image, image, edge)))
+    stack = model(image, edge, ev=-3, teacher=teacher)
+    for number in range(2, 7):
+        torch.testing.assert_close(stack.images[:, number], stack.images[:, 1])
+    kept = models.create("diffhdr", conditional=False, **SMALL)
+    kept.load_state_dict(model.state_dict())
+    assert not torch.allclose(kept(image, edge, ev=-3, teacher=teacher).tones[:, 2], stack.tones[:, 2])
+
+
 def test_teacher_forcing_keeps_gradients_within_a_step(model: DiffHDR) -> None:
     image = torch.rand(1, 3, 32, 32, requires_grad=True)
     teacher = ExposureStack(*(torch.rand(1, 7, c, 32, 32) for c in (3, 3, 1)))
@@ -172,6 +188,19 @@ def test_clipped_everywhere_takes_the_shortest_or_the_longest_frame() -> None:
     merged = layer.merge(stack, times, curve)
     torch.testing.assert_close(merged[0, :, 0, 0], torch.full((3,), 1.0))
     torch.testing.assert_close(merged[0, :, 0, 1], torch.full((3,), 1e-3 * math.exp(-2)))
+
+
+def test_the_layer_keeps_float64_and_confines_nan() -> None:
+    stack = photographs(scene(32))
+    radiance, _ = HDRLayer()(stack, log_exposures())
+    exact, curve = HDRLayer()(stack.double(), log_exposures())
+    assert exact.dtype == curve.dtype == torch.float64
+    # Of float32 codes a few round to another entry of the table.
+    assert (exact / radiance - 1).abs().median() < 1e-4
+    stack[0, 3, 1, 4, 5] = torch.nan
+    broken, _ = HDRLayer()(stack, log_exposures())
+    assert broken[0, :, 4, 5].isnan().any() and broken.isnan().sum() <= 3
+    assert canny_edges(torch.full((1, 3, 32, 32), torch.nan)).sum() == 0
 
 
 def test_quantiles_of_a_histogram() -> None:
@@ -267,6 +296,23 @@ def test_what_does_not_fit_is_refused(model: DiffHDR) -> None:
         models.create("diffhdr", depth=3)
     with pytest.raises(ValueError, match=r"stack must be \[N, P, 3, H, W\]"):
         HDRLayer()(torch.rand(1, 3, 4, 4), torch.zeros(3))
+    with pytest.raises(ValueError, match="HDRLayer: log_exposures must be finite"):
+        HDRLayer()(torch.rand(1, 2, 3, 4, 4), torch.tensor([0.0, torch.nan]))
+    with pytest.raises(TypeError, match="HDRLayer: stack must be floating point"):
+        HDRLayer()(torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8), torch.arange(2.0))
+    with pytest.raises(TypeError, match="HDRLayer: stack and log_exposures must be tensors, got Tensor and list"):
+        HDRLayer()(torch.rand(1, 2, 3, 4, 4), [0.0, 1.0])
+    with pytest.raises(TypeError, match="diffhdr: image must be a tensor, got list"):
+        model([image])
+    with pytest.raises(TypeError, match="diffhdr: teacher must be an ExposureStack, got tuple"):
+        model(image, teacher=(image, image, image))
+    with pytest.raises(ValueError, match=r"ev must be an integer from -3 to 3, got 0\.0"):
+        model(image, ev=0.0)
+    with pytest.raises(ValueError, match="diffhdr: image must have pixels"):
+        model(image[..., :0])
+    for part in ("layer", "up"):
+        with pytest.raises(ValueError, match=f"diffhdr: complexity is told of .*, not of '{part}'"):
+            model.complexity(32, 32, part)
     with pytest.raises(ValueError, match="given together"):
         stack = model(image)
         losses.DiffHDRLoss()(stack, stack, radiance=image)

@@ -51,6 +51,9 @@ def test_parameters(model: duhdr.DuHDR, printed: duhdr.DuHDR) -> None:
     assert {name: _count(printed.get_submodule(name)) for name in sizes} == sizes
     assert _count(printed) == sum(sizes.values()) == 30_816_527
     assert _count(model.oonet) == 2_553_479 and _count(model.nnet) == _count(model.innet)
+    bare = OOnet(multi_scale=False)
+    assert _count(bare) == _count(model.oonet) - _count(model.oonet.middle)
+    assert bare(*(torch.rand(1, 3, 32, 64) for _ in range(3))).shape == (1, 3, 32, 64)
 
 
 def test_operations_are_the_papers(printed: duhdr.DuHDR) -> None:
@@ -389,8 +392,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     for name, words in (
         ("evil", "must be a dictionary of arrays .* asks for"),
         ("numbers", "holds an array of float64"),
-        ("short", "lacks 1 weights of CRF-Net, res2b.branch2a.0.weight"),
-        ("shape", "does not fit CRF-Net"),
+        ("short", "CRF-Net: .*it lacks 1 of .* weights, res2b.branch2a.0.weight first"),
+        ("shape", "CRF-Net: .*does not fit the model: 1 are of another form: res2b.branch2a.0.weight must be"),
         ("names", "bn2b_branch2a must have scale, offset, mean, variance, it has gamma"),
     ):
         with pytest.raises(ValueError, match=words):

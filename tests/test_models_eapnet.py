@@ -49,6 +49,8 @@ def test_a_block_more_adds_its_own_parameters_and_operations() -> None:
     for rule, count in block.operations.items():
         assert reports[1].operations[rule] - reports[0].operations[rule] == count, rule
     assert block.operations["torchinfo"] / 1e9 == pytest.approx(17.93, abs=0.005)
+    # A block's input is of the size that forward pads the image to.
+    assert three.complexity(61, 62, "blocks.0") == three.complexity(64, 64, "blocks.0")
     with pytest.raises(ValueError, match="not of 'fuse'"):
         three.complexity(64, 64, "fuse")
 
@@ -129,6 +131,8 @@ def test_the_loss_is_the_sum_of_tanh_l1_and_the_challenges_tone_mapping() -> Non
         tone = [(1 + 5000 * torch.tanh(x**2.24 / white)).log() / math.log(5001) for x in (image, truth)]
         expected = expected + 2 * (tone[0] - tone[1]).abs().mean() / 2
     torch.testing.assert_close(model.loss(prediction, target), expected, rtol=1e-4, atol=1e-6)
+    plain = small(tanh_weight=0, mu_weight=0, l1_weight=3.0)
+    torch.testing.assert_close(plain.loss(prediction, target), 3 * (prediction - target).abs().mean())
     black = torch.zeros_like(target, requires_grad=True)
     model.loss(black, target).backward()
     assert black.grad.isfinite().all()
@@ -225,8 +229,14 @@ def test_the_average_of_weights_is_halved_towards_the_model_at_its_interval() ->
     torch.nn.init.constant_(weight, 1.25)
     again.after_step(model, 12)
     assert (again.module.head.weight == 4.0).all()
-    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
-        EMA(model, interval=0)
+    for options, words in (
+        ({"interval": 0}, "EMA: interval must be an integer of at least 1, got 0"),
+        ({"interval": 1.5}, "EMA: interval must be an integer of at least 1, got 1.5"),
+        ({"decay": 1.5}, r"EMA: decay must lie in \[0, 1\], got 1.5"),
+        ({"decay": math.nan}, r"EMA: decay must lie in \[0, 1\], got nan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            EMA(model, **options)
 
 
 def test_bad_input_is_told_what_was_expected() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 import hdrops
 from hdrops import models
-from hdrops.models import _system, losses
+from hdrops.models import _system, complexity, losses
 from hdrops.models.backbones import VGG, imagenet_normalize, layer_names
 from hdrops.models.operations import measure
 
@@ -23,6 +23,80 @@ def test_an_options_value_is_of_its_defaults_type() -> None:
         models.create("sthdr", scales="two")
     config = models.create("sthdr", variant="hss", slope=0, scale_weights=[2.0], channels=4).config
     assert config.slope == 0 and config.scale_weights == [2.0]
+    for name, option, words in (
+        ("sthdr", {"scales": True}, "sthdr: scales must be of type int, got True"),
+        ("sthdr", {"scale_weights": ("a",)}, r"scale_weights must be of type tuple of float, got \('a',\)"),
+        ("apnt", {"radii": (8, 2, 1.5)}, "radii must be of type tuple of int"),
+        ("apnt", {"vgg_weights": 5}, "apnt: vgg_weights must be the name of a file or None, got 5"),
+        ("duhdr", {"invemor": 3}, "duhdr: invemor must be the name of a file or None, got 3"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            models.create(name, **option)
+
+
+def test_an_options_value_lies_in_its_range() -> None:
+    for name, option, words in (
+        ("sthdr", {"mu": -1.0}, "sthdr: mu must be above 0, got -1.0"),
+        ("sthdr", {"slope": math.nan}, "slope must be finite, got nan"),
+        ("sthdr", {"scale_weights": (1.0, -1.0, 1.0)}, "scale_weights must be at least 0"),
+        ("sthdr", {"offset_groups": 3}, "channels must be a multiple of offset_groups = 3, got 32"),
+        ("eapnet", {"dense_layers": -1}, "eapnet: dense_layers must be at least 0, got -1"),
+        ("eapnet", {"mu": 0.0}, "eapnet: mu must be above 0, got 0.0"),
+        ("eapnet", {"variant": ["standard"]}, r"variant must be one of standard, lightweight, got \['standard'\]"),
+        ("duhdr", {"components": 0}, "duhdr: components must be at least 1, got 0"),
+        ("duhdr", {"prec": math.inf}, "duhdr: prec must be finite, got inf"),
+        ("apnt", {"radii": (8, 2, -1)}, "apnt: radii must be at least 0"),
+        ("apnt", {"channels": 18}, "channels must be even and a multiple of reduction = 16, got 18"),
+        ("apnt", {"patch_size": 2}, "patch_size must be one of 1, 3, 5, 7, got 2"),
+        ("apnt", {"normalize": "all"}, "normalize must be one of key, query, both, none, got 'all'"),
+        ("diffhdr", {"tone_channels": 0}, "diffhdr: tone_channels must be at least 1, got 0"),
+        ("diffhdr", {"smoothness": 0.0}, "diffhdr: smoothness must be above 0, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            models.create(name, **option)
+    with pytest.raises(ValueError, match=r"unknown model \['sthdr'\]"):
+        models.create(["sthdr"])
+
+
+# Small, and of each system; DuHDR is as large as it is.
+SMALL: dict[str, dict[str, object]] = {
+    "sthdr": {"channels": 4, "stem_channels": 4},
+    "eapnet": {"channels": 4, "restoration_channels": 8, "growth": 4, "blocks": 1},
+    "duhdr": {"secondary": False},
+    "apnt": {"channels": 16, "blocks": 0},
+    "diffhdr": {"tone_channels": 2, "edge_channels": 2, "refine_channels": 2},
+}
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_predict_takes_every_float_type_and_clamps_codes(name: str, threads) -> None:
+    threads(1)
+    model = models.create(name, **SMALL[name]).eval()
+    images = (255 * torch.rand(1, model.frames, 3, 19, 21)).round() / 255
+    # The first frame has nothing but white and black to be clamped, the others as they are.
+    images[:, 0] = images[:, 0].round()
+    beyond = images.clone()
+    beyond[:, 0] = 3 * beyond[:, 0] - 1
+    logs = None if model.frames == 1 else [1.0, -1.0, 0.0]
+    with torch.no_grad():
+        expected = model.predict(images, logs)
+        assert expected.shape == (1, 3, 19, 21) and expected.isfinite().all()
+        torch.testing.assert_close(model.predict(beyond, logs), expected)
+        wide = model.predict(images.double(), logs)
+        # DiffHDR has thresholds, of edges and of codes, so that the last digit of its input may matter.
+        close = {"rtol": 1e-3, "atol": 1e-4} if name != "diffhdr" else {"rtol": 0.1, "atol": 0.1}
+        torch.testing.assert_close(wide.float(), expected, **close)
+        assert model.predict(images.half(), logs).isfinite().all()
+        assert model.predict(images[:0], logs).shape == (0, 3, 19, 21)
+    with pytest.raises(ValueError, match=rf"{name}: images must have pixels, H and W at least 1, got shape"):
+        model.predict(images[..., :0], logs)
+
+
+def test_predict_waits_for_no_device() -> None:
+    """Of tensors without values only the shape can be told: nothing looks at them."""
+    with torch.device("meta"):
+        model, images = models.create("eapnet", **SMALL["eapnet"]).eval(), torch.rand(1, 3, 3, 20, 24)
+    assert model.predict(images, [0.0, 1.0, 2.0]).shape == (1, 3, 20, 24)
 
 
 def test_exposures_relative_to_a_frame_and_frames_of_one_shape() -> None:
@@ -37,6 +111,7 @@ def test_exposures_relative_to_a_frame_and_frames_of_one_shape() -> None:
         (logs.T, r"must be \[3\] or \[2, 3\], got shape \[3, 2\]"),
         (logs.flip(1), "must ascend"),
         (logs * math.nan, "must ascend"),
+        (50 * logs, "within a factor that torch.float32 can hold, 3.4e\\+38, got logarithms"),
     ):
         with pytest.raises(ValueError, match=words):
             _system.exposure_ratios("m", wrong, images, 0)
@@ -62,7 +137,11 @@ def test_images_and_exposures_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             _system.check_exposures("m", exposures, 3)
+    with pytest.raises(TypeError, match=r"m: exposures must be 3 numbers, got \['1/4', '1', '4'\]"):
+        _system.check_exposures("m", ["1/4", "1", "4"], 3)
     assert _system.check_exposures("m", (2, 0, 1), 3).tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="m: the frames must have pixels"):
+        _system.check_frames("m", [torch.rand(1, 3, 0, 4)] * 3, 3)
 
 
 @pytest.mark.parametrize("size", [(5, 9), (8, 8), (1, 3)])
@@ -83,12 +162,36 @@ def test_vgg_has_the_papers_layers_and_torchvisions_names(tmp_path) -> None:
     torch.save({**vgg.state_dict(), "classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     loaded = VGG(19, ["relu3_1"], weights=tmp_path / "vgg.pth", seed=4)
     assert torch.equal(loaded(image)[0], vgg(image)[2])
-    with pytest.raises(ValueError, match="no state dict of VGG16"):
+    with pytest.raises(
+        ValueError, match=r"VGG16: .*vgg.pth does not fit the model: it lacks 4 of 14 weights, features.12.weight first"
+    ):
         VGG(16, ["pool3"], weights=tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match="in the network's order"):
         VGG(16, ["relu2_1", "relu1_1"])
     with pytest.raises(OSError, match=r"none\.pth"):
         VGG(16, ["pool3"], weights=tmp_path / "none.pth")
+
+
+def test_files_of_weights_run_no_code(tmp_path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return type(tmp_path).touch, (tmp_path / "touched",)
+
+    torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pt")
+    torch.save({"features.0.weight": 3}, tmp_path / "number.pt")
+    torch.save([1], tmp_path / "list.pt")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 1, 1), "features.0.bias": torch.zeros(64)}, tmp_path / "1x1.pt")
+    (tmp_path / "text.pt").write_text("text")
+    for name, words in (
+        ("evil", "must hold a state dict of tensors alone"),
+        ("number", "must hold a state dict, names with tensors, got 'features.0.weight' with int"),
+        ("list", "got one list"),
+        ("1x1", r"1 are of another form: features.0.weight must be \[64, 3, 3, 3\], got \[64, 3, 1, 1\]"),
+        ("text", r"text\.pt"),
+    ):
+        with pytest.raises(ValueError, match=rf"VGG19: .*{name}\.pt.*{words}" if name != "text" else words):
+            VGG(19, ["relu1_1"], weights=tmp_path / f"{name}.pt")
+    assert not (tmp_path / "touched").exists()
 
 
 def test_losses_are_zero_for_a_perfect_prediction_and_refuse_other_shapes() -> None:
@@ -118,6 +221,23 @@ def test_operations_by_each_rule() -> None:
     assert report.operations["thop"] == conv + 4 * transposed
     assert report.operations["torchinfo"] == (3 * 8 * 9 + 8) * 120 + (8 * 4 * 4 + 4) * 480
     assert report.operations["tensorflow"] == 2 * (conv + transposed) + 8 * 120 + 4 * 480 + 2 * 8 * 120
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = models.create("sthdr", **SMALL["sthdr"])
+    model.align.eval()
+    model.complexity(32, 32)
+    assert model.training and model.merge.training and not model.align.training
+    assert measure(nn.ReLU(), lambda: (torch.rand(1, 2, 3, 4),)).parameters == 0
+    with pytest.raises(ValueError, match="sthdr: has no part 'nose'"):
+        model.complexity(32, 32, "nose")
+
+
+def test_an_unknown_name_of_the_table_is_an_error_of_usage(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["complexity", "nose"])
+    with pytest.raises(SystemExit, match="2"):
+        complexity.main()
+    assert "unknown model nose; known: sthdr, eapnet, duhdr, apnt, diffhdr" in capsys.readouterr().err
 
 
 def test_operators_count_like_the_dense_layers_they_stand_for() -> None:
