@@ -93,6 +93,14 @@ def test_deform_conv2d_uses_the_matrix_units_and_moves_16_bytes(
             assert any(row["matrix"] and row["load_16_bytes"] for row in rows), arch
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_patch_match_uses_the_matrix_units(dtype: str, kernels: dict[str, Kernels]) -> None:
+    for arch, found in kernels.items():
+        if arch != "sm_75":
+            rows = [row for name, row in found.items() if f"search_by_matrix_units<{dtype}" in name]
+            assert rows and all(row["matrix"] and row["registers"] <= 128 for row in rows), arch
+
+
 def test_input_gradient_is_reduced_by_vectors_from_sm_90_on(kernels: dict[str, Kernels]) -> None:
     for arch in kernels.keys() & {"sm_90", "sm_100", "sm_120"}:
         assert any(row["reduce_16_bytes"] for name, row in kernels[arch].items() if "deform_conv2d" in name), arch

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.asan
 
 features, integers, gradients = cases.features, cases.integers, cases.gradients
 
+HALVES = [torch.bfloat16, torch.float16]
 NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -111,7 +112,7 @@ def test_equals_reference(name: str, shape: tuple[int, ...], radius, dtype: torc
 @pytest.mark.parametrize("normalize", cases.NORMALIZATIONS)
 @pytest.mark.parametrize("patch", [1, 3, 5, 7])
 def test_patches_and_normalizations(patch: int, normalize: str) -> None:
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
         query, key = features(1, 4, 21, 34, dtype=dtype), features(1, 4, 21, 34, dtype=dtype, seed=1)
         cases.assert_matches(query, key, (3, 2), patch=patch, normalize=normalize)
 
@@ -211,9 +212,10 @@ def test_the_emulated_kernels_run(emulated: ModuleType, monkeypatch) -> None:
     assert len(called) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("patch", [3, 7])
-def test_blocks_that_share_a_tile_choose_the_same(patch: int, device) -> None:
-    query, key = features(2, 5, 20, 33, dtype=torch.float32), features(2, 5, 20, 33, dtype=torch.float32, seed=1)
+def test_blocks_that_share_a_tile_choose_the_same(patch: int, dtype: torch.dtype, device) -> None:
+    query, key = features(2, 5, 20, 33, dtype=dtype), features(2, 5, 20, 33, dtype=dtype, seed=1)
     key[:, :, :9] = key[:, :, 9:10]  # ties between the parts
     results = []
     for multiprocessors in (1, 2, 16):
@@ -222,6 +224,88 @@ def test_blocks_that_share_a_tile_choose_the_same(patch: int, device) -> None:
     for result in results[1:]:
         assert torch.equal(result.index, results[0].index) and torch.equal(result.score, results[0].score)
     cases.assert_matches(query, key, (12, 10), patch=patch)
+
+
+# 16-bit data on matrix units
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "radius", "patch"),
+    [
+        ((1, 40, 48, 49), 1, 3),  # tiles that see no border
+        ((1, 3, 30, 33), (6, 4), 3),  # passes of unequal height
+        ((1, 17, 19, 45), (1, 20), 5),  # wide passes
+        ((2, 2, 12, 11), (11, 10), 7),  # windows larger than the key
+    ],
+    ids=str,
+)
+def test_searches_on_matrix_units(shape: tuple[int, ...], radius, patch: int, dtype: torch.dtype) -> None:
+    query, key = features(*shape, dtype=dtype), features(*shape, dtype=dtype, seed=1)
+    cases.assert_matches(query, key, radius, patch=patch, normalize="both")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_matrix_units_search_where_there_are_some(dtype: torch.dtype, emulated: ModuleType) -> None:
+    """They add a patch's columns first, the multiply-adds its rows: a sum in which the order shows."""
+    key = torch.zeros(1, 1, 3, 3, dtype=dtype)
+    key[0, 0, 0, 0], key[0, 0, 0, 1], key[0, 0, 1, 0] = 2.0**13, 2.0**-13, -(2.0**13)
+    query = torch.ones_like(key)
+    for capability, wanted in ((75, 0.0), (80, 2.0**-13), (120, 2.0**-13)):
+        emulated.set_device(compute_capability=capability, multiprocessors=1)
+        assert hdrops.patch_match(query, key, radius=0, normalize="none").score[0, 1, 1] == wanted
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [(4, 9), (0, 0), (8, 19)], ids=str)
+def test_nan_on_matrix_units(place: tuple[int, int], value: float) -> None:
+    for where in ("query", "key", "both"):
+        query, key = (features(1, 3, 9, 20, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+        if where != "key":
+            query[0, 1, place[0], place[1]] = value
+        if where != "query":
+            key[0, 2, place[0], place[1]] = value
+        for normalize in ("none", "both"):
+            got = hdrops.patch_match(query, key, radius=2, normalize=normalize)
+            wanted = reference.patch_match(query.double(), key.double(), radius=2, normalize=normalize)
+            assert torch.equal(got.index, wanted.index)
+            torch.testing.assert_close(got.score.double(), wanted.score, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16])
+def test_ties_on_matrix_units(multiprocessors: int, device) -> None:
+    """Of equal scores the smallest index wins, in one pass, between passes and between blocks."""
+    device(multiprocessors)
+    options = {"radius": (8, 12), "normalize": "none"}
+    for value in (0.0, 1.0, float("nan")):
+        same = torch.full((1, 4, 19, 33), value, dtype=torch.float16)
+        got, wanted = (search.patch_match(same, same, **options) for search in (hdrops, reference))
+        assert torch.equal(got.index, wanted.index) and torch.equal(got.score, wanted.score)
+
+
+def test_any_address_on_matrix_units() -> None:
+    """Maps that begin at an odd address, as a slice of a larger tensor does."""
+    query, key = (
+        features(1, 8, 7, 9, dtype=torch.float16, seed=seed).contiguous(memory_format=torch.channels_last)
+        for seed in (0, 1)
+    )
+    wanted = hdrops.patch_match(query, key, radius=2)
+    memory = torch.zeros(key.numel() + 1, dtype=torch.float16)[1:]
+    odd = memory.view(1, 7, 9, 8).permute(0, 3, 1, 2).copy_(key)
+    assert odd.data_ptr() % 16 != 0 and odd.is_contiguous(memory_format=torch.channels_last)
+    got = hdrops.patch_match(query, odd, radius=2)
+    assert torch.equal(got.index, wanted.index) and torch.equal(got.score, wanted.score)
+
+
+def test_any_order_of_threads_on_matrix_units(emulated: ModuleType, device) -> None:
+    query, key = (features(1, 35, 18, 20, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    device(2)
+    results = []
+    for seed in range(3):
+        emulated.set_seed(seed)
+        results.append(hdrops.patch_match(query, key, radius=(2, 5)))
+    for result in results[1:]:
+        assert torch.equal(result.index, results[0].index) and torch.equal(result.score, results[0].score)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

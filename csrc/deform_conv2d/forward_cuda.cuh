@@ -21,7 +21,7 @@
 // into the panels of the product. The columns are rounded to the data's type, as matrix units want it: in float16 a
 // product of mask and input must stay below 65504. Groups of few channels or outputs waste most of a chunk or product.
 #pragma once
-#include "common/transpose_cuda.cuh"
+#include "common/pack_runs_cuda.cuh"
 #include "deform_conv2d/product_cuda.cuh"
 #include "deform_conv2d/sample_plan_cuda.cuh"
 
@@ -271,26 +271,6 @@ __global__ void __launch_bounds__(kPackThreads) pack_weight_kernel(WeightPacking
   reinterpret_cast<Vector<Element, kPiece>*>(p.panels)[piece] = packed;
 }
 
-// A channels-last image whose runs are no whole vectors (or that begins at an odd address): to the layout of the
-// copies, [image][run][pixel][padded channel]. A thread writes one element.
-template <class T>
-struct RunCopy {
-  const T* source;
-  T* target;
-  int64_t pixels, run, padded, runs, count;  // `count` elements are written
-};
-
-template <class T>
-__global__ void __launch_bounds__(kPackThreads) copy_runs_kernel(RunCopy<T> c) {
-  int64_t at = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (at >= c.count) return;
-  int64_t channel = at % c.padded, pixel = at / c.padded % c.pixels, plane = at / c.padded / c.pixels;
-  int64_t image = plane / c.runs, run = plane % c.runs;
-  bool exists = channel < c.run;
-  int64_t from = (image * c.pixels + pixel) * c.runs * c.run + run * c.run + channel;
-  c.target[at] = exists ? c.source[from] : T{};
-}
-
 // How many outputs a block computes: the fewest that hold a group's, as far as there are kernels.
 template <class Arithmetic>
 int forward_outputs(const Params& p) {
@@ -342,16 +322,8 @@ size_t forward_workspace_bytes(const Params& params) {
 
 template <class T>
 void copy_image(const Params& p, const Runs& runs, T* target, cudaStream_t stream) {
-  const T* source = static_cast<const T*>(p.input);
-  int64_t pixels = p.height * p.width, planes = p.batch * runs.count();
-  if (p.channels_last) {
-    int64_t count = planes * pixels * runs.padded;
-    Grid grid{dim3(unsigned(ceil_div<int64_t>(count, kPackThreads))), dim3(kPackThreads)};
-    launch(copy_runs_kernel<T>, grid, stream,
-           RunCopy<T>{source, target, pixels, runs.run, runs.padded, runs.count(), count});
-  } else {
-    transpose(Transposition<T, T>{source, target, planes, runs.run, pixels, runs.padded}, stream);
-  }
+  const RunPacking packing{p.batch, p.height * p.width, runs.count(), runs.run, runs.padded, p.channels_last};
+  pack_runs(packing, p.input, target, stream);
 }
 
 // Rows and columns of a patch: 8 x 16, or as much of either as the output has and more of the other.

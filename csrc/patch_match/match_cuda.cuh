@@ -1,12 +1,15 @@
 // Forward pass of patch matching on the GPU, exact: products and sums in float32 (float64 for float64).
 //
 //   1. The inverse norms of the patches that the score is normalised by (features_cuda.cuh).
-//   2. The search: around own positions with shared products (shared_window_cuda.cuh), around given centres without
+//   2. The search: around own positions with shared products, by multiply-adds (shared_window_cuda.cuh) or, for 16-bit
+//      data from sm_80 on, by matrix units (matrix_window_cuda.cuh); around given centres without
 //      (own_window_cuda.cuh).
 //
-// Workspace: the norms, 4 bytes a site (8 for float64); and where blocks share a tile, 8 (12) for each of them.
+// Workspace: the norms, 4 bytes a site (8 for float64); where blocks share a tile, 8 (12) for each of them; and for the
+// matrix units a copy of a map that does not lie channels last in whole vectors.
 #pragma once
 #include "common/pieces.h"
+#include "patch_match/matrix_window_cuda.cuh"
 #include "patch_match/own_window_cuda.cuh"
 #include "patch_match/shared_window_cuda.cuh"
 
@@ -30,38 +33,67 @@ void launch_scales(const MatchParams& p, const Scales<device_acc_t<T>>& scales, 
   if (p.key.normalize) launch_norms<T>(p.key, p, scales.key, stream);
 }
 
+// Whether the search around own positions multiplies on matrix units.
 template <class T>
-struct Match {
-  using Real = device_acc_t<T>;
-  Scales<Real> scales;
-  Real* part_score;
-  int* part_place;
-  int64_t workspace_bytes;
+bool uses_matrix_units(const MatchParams& p) {
+  return sizeof(T) == 2 && p.centers == nullptr && device_compute_capability() >= 80;
+}
 
-  Match(const MatchParams& p, void* workspace) {
+template <class T>
+class Match {
+ public:
+  Match(const MatchParams& params, void* workspace) : p_(params) {
     Pieces pieces{static_cast<char*>(workspace), 0};
-    scales = Scales<Real>::take(p, pieces);
-    const int64_t parts = p.centers == nullptr ? WindowGrid<T>::of(p).parts(p) : 0;
-    part_score = pieces.take<Real>(parts);
-    part_place = pieces.take<int>(parts);
-    workspace_bytes = pieces.used;
+    scales_ = Scales<Real>::take(p_, pieces);
+    if (p_.centers == nullptr) matches_ = TileMatches<T>::take(p_, grid(), scales_.query, pieces);
+    if (uses_matrix_units<T>(p_)) {
+      query_ = FeaturePacking<T>::take(p_.query, p_, pieces);
+      key_ = FeaturePacking<T>::take(p_.key, p_, pieces);
+    }
+    workspace_bytes_ = pieces.used;
   }
+
+  int64_t workspace_bytes() const { return workspace_bytes_; }
+
+  void run(cudaStream_t stream) const {
+    launch_scales<T>(p_, scales_, stream);
+    if (p_.centers != nullptr) return launch_search_around_centers<T>(p_, scales_.key, scales_.query, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (uses_matrix_units<T>(p_)) {
+        const MatrixSearch<T> search{query_.run(stream), key_.run(stream), scales_.key, matches_, int(p_.reach())};
+        launch_search_by_matrix_units<T>(p_, search, stream);
+        return launch_merge_splits(matches_, stream);
+      }
+    }
+    launch_search_own_position<T>(p_, scales_.key, matches_, stream);
+    launch_merge_splits(matches_, stream);
+  }
+
+ private:
+  using Real = device_acc_t<T>;
+
+  TileGrid grid() const {
+    if constexpr (sizeof(T) == 2) {
+      if (uses_matrix_units<T>(p_)) return matrix_grid<T>(p_);
+    }
+    return window_grid<T>(p_);
+  }
+
+  const MatchParams& p_;
+  Scales<Real> scales_{};
+  TileMatches<T> matches_{};
+  FeaturePacking<T> query_{}, key_{};
+  int64_t workspace_bytes_ = 0;
 };
 
 template <class T>
 size_t match_workspace_bytes(const MatchParams& params) {
-  return size_t(Match<T>(params, nullptr).workspace_bytes);
+  return size_t(Match<T>(params, nullptr).workspace_bytes());
 }
 
 template <class T>
 void match_cuda(const MatchParams& params, void* workspace, cudaStream_t stream) {
-  const Match<T> pass(params, workspace);
-  launch_scales<T>(params, pass.scales, stream);
-  if (params.centers == nullptr) {
-    launch_search_own_position<T>(params, pass.scales.key, pass.scales.query, pass.part_score, pass.part_place, stream);
-  } else {
-    launch_search_around_centers<T>(params, pass.scales.key, pass.scales.query, stream);
-  }
+  Match<T>(params, workspace).run(stream);
 }
 
 }  // namespace hdrops::patch_match

@@ -12,13 +12,13 @@
 //   a thread owns a site: it adds the rows of its box, for each of the 8 rows of displacements, multiplies by the key's
 //       scale and keeps the best.
 //
-// Where there are fewer blocks than the GPU can hold, several share a tile's passes, and a small kernel chooses between
-// their matches. With doubles a block has 256 threads, 32 x 8 pixels, and a pass 4 x 4 displacements, 4 pixels and 4
-// displacements a thread. Shared memory: 54 KB (46 KB with doubles), one block on a multiprocessor by its 128 registers
-// a thread. In a row of 36 or 44 floats the 16-byte reads of 4 lanes along it and of the two rows beside fall into
-// different banks.
+// With doubles a block has 256 threads, 32 x 8 pixels, and a pass 4 x 4 displacements, 4 pixels and 4 displacements a
+// thread. Shared memory: 54 KB (46 KB with doubles), one block on a multiprocessor by its 128 registers a thread. In a
+// row of 36 or 44 floats the 16-byte reads of 4 lanes along it and of the two rows beside fall into different banks.
+//
+// 16-bit data comes here on GPUs before sm_80 only: later ones multiply it on matrix units (matrix_window_cuda.cuh).
 #pragma once
-#include "patch_match/features_cuda.cuh"
+#include "patch_match/tiled_search_cuda.cuh"
 
 namespace hdrops::patch_match {
 
@@ -52,25 +52,8 @@ struct WindowSearch {
   bool vectors;  // of both maps
   int64_t key_row_stride;
   const Real* key_scale;  // or null
-  MatchTarget<T> target;
-  int tiles_x, tiles_y, splits;
-  // Of each split, [splits][N][H][W]; null: the one split writes to the target.
-  Real* part_score;
-  int* part_place;
-  int64_t sites;
+  TileMatches<T> matches;
 };
-
-// Numbers first, first + 1, .., last in passes of `step`.
-struct Range {
-  int first, last;
-  __device__ __forceinline__ int passes(int step) const { return (last - first) / step + 1; }
-};
-
-// The displacements of a window of `radius` with which sites from `first` to `last` meet the key's `size`.
-__device__ __forceinline__ Range visible(int radius, int first, int last, int size) {
-  last = min(last, size - 1);
-  return {max(-radius, -last), min(radius, size - 1 - first)};
-}
 
 // What a thread brings to shared memory: a pixel of the query, and of the key's window up to kItems. Four channels of
 // these come in as many steps, so that few values wait in registers: a channel of all pixels in a step, or, where a
@@ -235,10 +218,10 @@ __global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) sea
   using Shape = WindowShape<Real>;
   constexpr int kSitesAcross = Shape::kWidth - 2 * kReach, kSitesDown = Shape::kHeight - 2 * kReach;
   Real* memory = shared_memory<Real>();
-  const int split = int(blockIdx.x % s.splits), tile = int(blockIdx.x / s.splits);
-  const int64_t image = tile / s.tiles_x / s.tiles_y;
-  const int top = tile / s.tiles_x % s.tiles_y * kSitesDown, left = tile % s.tiles_x * kSitesAcross;
-  const int height = s.key.height, width = s.key.width, radius_y = s.target.radius_y, radius_x = s.target.radius_x;
+  const BlockTile tile = BlockTile::mine(s.matches.grid);
+  const int top = tile.top, left = tile.left;
+  const int height = s.key.height, width = s.key.width;
+  const int radius_y = s.matches.target.radius_y, radius_x = s.matches.target.radius_x;
 
   // The best match waits in shared memory while the products need all registers.
   Real* best_score = memory + 2 * Shape::kPart;
@@ -248,13 +231,13 @@ __global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) sea
   const Range rows = visible(radius_y, top, top + kSitesDown - 1, height);
   const Range columns = visible(radius_x, left, left + kSitesAcross - 1, width);
   const int across = columns.passes(Shape::kShifts), passes = across * rows.passes(Shape::kRows);
-  const int last_pass = int(int64_t(passes) * (split + 1) / s.splits);
-  for (int pass = int(int64_t(passes) * split / s.splits); pass < last_pass; ++pass) {
+  const Range part = tile.part(s.matches.grid, passes);
+  for (int pass = part.first; pass <= part.last; ++pass) {
     const int first_dy = rows.first + pass / across * Shape::kRows;
     const int first_dx = columns.first + pass % across * Shape::kShifts;
     Real sum[Shape::kShifts][Shape::kPixels] = {};
     __syncthreads();  // the boxes of the last pass are read
-    add_products(s, image, top - kReach, left - kReach, first_dy, first_dx, memory, sum);
+    add_products(s, tile.image, top - kReach, left - kReach, first_dy, first_dx, memory, sum);
 
     const int thread = computed_again(int(threadIdx.x));
     const auto mine = ProductThread<Real>::of(thread);
@@ -286,75 +269,36 @@ __global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) sea
         Real score = 0;
 #pragma unroll
         for (int k = 0; k <= 2 * kReach; ++k) score += from[k * Shape::kQueryPitch];
-        score *= scale_at(s.key_scale, (image * height + y) * width + x);
-        best.offer(score, (dy + radius_y) * s.target.window_x + first_dx + shift + radius_x);
+        score *= scale_at(s.key_scale, (int64_t(tile.image) * height + y) * width + x);
+        best.offer(score, (dy + radius_y) * s.matches.target.window_x + first_dx + shift + radius_x);
       }
     }
     best_score[thread] = best.score, best_place[thread] = best.place;
   }
   const int site_y = top + int(threadIdx.x) / kSitesAcross, site_x = left + int(threadIdx.x) % kSitesAcross;
   if (site_y >= min(top + kSitesDown, height) || site_x >= width) return;
-  const Best<Real> best{best_score[threadIdx.x], best_place[threadIdx.x]};
-  const int64_t site = (image * height + site_y) * width + site_x;
-  if (s.part_score == nullptr) return s.target.write(site, site_y, site_x, best);
-  s.part_score[split * s.sites + site] = best.score;
-  s.part_place[split * s.sites + site] = best.place;
+  s.matches.write(tile, site_y, site_x, {best_score[threadIdx.x], best_place[threadIdx.x]});
 }
 
-constexpr int kMergeThreads = 256;
-
-// The best match of the splits'.
 template <class T>
-__global__ void __launch_bounds__(kMergeThreads) merge_splits(WindowSearch<T> s) {
-  const int64_t site = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (site >= s.sites) return;
-  Best<device_acc_t<T>> best;
-  for (int split = 0; split < s.splits; ++split) {
-    best.offer(s.part_score[split * s.sites + site], s.part_place[split * s.sites + site]);
-  }
-  const int64_t at = site % (int64_t(s.key.height) * s.key.width);
-  s.target.write(site, int(at / s.key.width), int(at % s.key.width), best);
-}
-
-// Tiles, and the blocks that share one.
-template <class T>
-struct WindowGrid {
+TileGrid window_grid(const MatchParams& p) {
   using Shape = WindowShape<device_acc_t<T>>;
-  int64_t tiles_x, tiles_y, splits;
-
-  static WindowGrid of(const MatchParams& p) {
-    WindowGrid grid{};
-    grid.tiles_x = ceil_div<int64_t>(p.query.width, Shape::kWidth - 2 * p.reach());
-    grid.tiles_y = ceil_div<int64_t>(p.query.height, Shape::kHeight - 2 * p.reach());
-    // Enough blocks for some six rounds, so that the last, partly empty one costs little.
-    const int64_t tiles = p.batch * grid.tiles_x * grid.tiles_y;
-    const int64_t passes =
-        ceil_div<int64_t>(p.window_y(), Shape::kRows) * ceil_div<int64_t>(p.window_x(), Shape::kShifts);
-    int64_t wanted = ceil_div<int64_t>(6 * device_multiprocessors(), tiles);
-    if (wanted > passes) wanted = passes;
-    grid.splits = ceil_div(passes, ceil_div(passes, wanted));
-    return grid;
-  }
-  int64_t parts(const MatchParams& p) const { return splits > 1 ? splits * p.batch * p.sites() : 0; }
-};
+  const int64_t passes =
+      ceil_div<int64_t>(p.window_y(), Shape::kRows) * ceil_div<int64_t>(p.window_x(), Shape::kShifts);
+  return TileGrid::of(p, Shape::kWidth - 2 * p.reach(), Shape::kHeight - 2 * p.reach(), passes, 1);
+}
 
 template <class T>
-void launch_search_own_position(const MatchParams& p, const device_acc_t<T>* key_scale,
-                                const device_acc_t<T>* query_scale, device_acc_t<T>* part_score, int* part_place,
+void launch_search_own_position(const MatchParams& p, const device_acc_t<T>* key_scale, const TileMatches<T>& matches,
                                 cudaStream_t stream) {
   using Shape = WindowShape<device_acc_t<T>>;
-  const auto shape = WindowGrid<T>::of(p);
   WindowSearch<T> search{};
   search.query = FeatureMap<T>::of(p.query, p.channels), search.key = FeatureMap<T>::of(p.key, p.channels);
   search.vectors = search.query.vectors && search.key.vectors;
   search.key_row_stride = p.key.width * search.key.pixel_stride;
   search.key_scale = key_scale;
-  search.target = MatchTarget<T>::of(p, query_scale);
-  search.tiles_x = int(shape.tiles_x), search.tiles_y = int(shape.tiles_y), search.splits = int(shape.splits);
-  search.part_score = shape.splits > 1 ? part_score : nullptr;
-  search.part_place = part_place;
-  search.sites = p.batch * p.sites();
-  const Grid grid{dim3(unsigned(p.batch * shape.tiles_x * shape.tiles_y * shape.splits)), dim3(Shape::kThreads),
+  search.matches = matches;
+  const Grid grid{dim3(unsigned(matches.grid.tiles(p) * matches.grid.splits)), dim3(Shape::kThreads),
                   Shape::kSharedBytes};
   switch (p.patch_size) {
     case 1:
@@ -370,9 +314,6 @@ void launch_search_own_position(const MatchParams& p, const device_acc_t<T>* key
       launch(search_own_position<T, 3>, grid, stream, search);
       break;
   }
-  if (shape.splits == 1) return;
-  const Grid merge{dim3(unsigned(ceil_div<int64_t>(search.sites, kMergeThreads))), dim3(kMergeThreads)};
-  launch(merge_splits<T>, merge, stream, search);
 }
 
 }  // namespace hdrops::patch_match
