@@ -84,7 +84,7 @@ class System(nn.Module, ABC):
         """
         check_images(self.name, images, self.frames)
         if self.frames == 1:
-            logs = order = torch.zeros(1, dtype=torch.int64)
+            logs = order = torch.zeros(1, dtype=torch.int64, device="cpu")
         else:
             # On the CPU, where float64 is, and where looking at them waits for no device.
             logs = check_exposures(self.name, log_exposures, self.frames)
