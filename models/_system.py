@@ -70,6 +70,9 @@ class System(nn.Module, ABC):
     def predict(self, images: Tensor, log_exposures: Tensor | Sequence[float] | None = None) -> Tensor:
         """An HDR image from photographs.
 
+        The model's mode stays as it is: call ``eval()`` first, for DuHDR has batch norms, and ``torch.no_grad()`` where
+        no gradient is wanted.
+
         Args:
             images: float [N, P, 3, H, W] RGB codes in [0, 1], clamped to that, P = ``self.frames``, in any order and
                 of any floating-point type.
