@@ -1,6 +1,8 @@
 """What the systems share: the registry, checks of what they are given, VGG, losses, counting of operations."""
 
 import copy
+import doctest
+import importlib
 import math
 
 import pytest
@@ -311,6 +313,13 @@ def test_an_unknown_name_of_the_table_is_an_error_of_usage(monkeypatch, capsys) 
     with pytest.raises(SystemExit, match="2"):
         complexity.main()
     assert "unknown model nose; known: sthdr, eapnet, duhdr, apnt, diffhdr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["apnt", "diffhdr", "diffhdr_layer", "duhdr_training"])
+def test_the_docstrings_examples_run(module: str, threads) -> None:
+    threads(1)
+    results = doctest.testmod(importlib.import_module(f"hdrops.models.{module}"))
+    assert results.attempted > 0 and results.failed == 0
 
 
 def test_operators_count_like_the_dense_layers_they_stand_for() -> None:
