@@ -156,6 +156,12 @@ def _predict(model: models.System, images: Tensor, exposures: Tensor | None) -> 
         radiance = model.predict(images, exposures)[0].permute(1, 2, 0).float().cpu().contiguous()
     except ValueError as error:
         raise InputError(str(error)) from error
+    except RuntimeError as error:
+        # Of a GPU its own kind, of the CPU none but by its words.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            size = f"{images.shape[-1]} x {images.shape[-2]}"
+            raise InputError(f"{model.name}: {images.device} has too little memory for images of {size}") from error
+        raise
     if not bool(radiance.isfinite().all()):
         raise InputError(f"{model.name}: gave values that are not finite; its weights may be damaged")
     return radiance.clamp_min_(0).numpy()

@@ -70,6 +70,9 @@ class System(nn.Module, ABC):
     def predict(self, images: Tensor, log_exposures: Tensor | Sequence[float] | None = None) -> Tensor:
         """An HDR image from photographs.
 
+        The model's mode stays as it is: call ``eval()`` first, for DuHDR has batch norms, and ``torch.no_grad()`` where
+        no gradient is wanted.
+
         Args:
             images: float [N, P, 3, H, W] RGB codes in [0, 1], clamped to that, P = ``self.frames``, in any order and
                 of any floating-point type.
@@ -84,7 +87,7 @@ class System(nn.Module, ABC):
         """
         check_images(self.name, images, self.frames)
         if self.frames == 1:
-            logs = order = torch.zeros(1, dtype=torch.int64)
+            logs = order = torch.zeros(1, dtype=torch.int64, device="cpu")
         else:
             # On the CPU, where float64 is, and where looking at them waits for no device.
             logs = check_exposures(self.name, log_exposures, self.frames)

@@ -86,11 +86,15 @@ class VGG(nn.Module):
         return found
 
     def _start_at_random(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        # Drawn on the CPU: a seed gives the same weights wherever they are, and a generator draws on its own device.
+        generator = torch.Generator("cpu").manual_seed(seed)
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+                drawn = torch.empty(layer.weight.shape, device="cpu")
+                nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator)
                 assert layer.bias is not None
+                with torch.no_grad():
+                    layer.weight.copy_(drawn)
                 nn.init.zeros_(layer.bias)
 
     def _load(self, weights: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ they are trained with.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -407,7 +408,7 @@ def _detached(state: Tensor | None) -> Tensor | None:
 
 def log_exposures(device: torch.device | None = None) -> Tensor:
     """Natural logarithms [7] of the stack's exposures, 2^EV seconds."""
-    return torch.tensor(EVS, dtype=torch.float32, device=device) * torch.log(torch.tensor(2.0))
+    return torch.tensor([ev * math.log(2) for ev in EVS], dtype=torch.float32, device=device)
 
 
 @torch.compiler.disable
@@ -428,7 +429,7 @@ def canny_edges(images: Tensor) -> Tensor:
     scale = 2.0**11
     luma = images.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32).view(3, 1, 1)
     grey = ((images.detach().float() + 1) / 2 * luma).sum(-3).nan_to_num().clamp(0, 1).cpu().numpy()
-    edges = torch.empty(grey.shape, dtype=torch.uint8)
+    edges = torch.empty(grey.shape, dtype=torch.uint8, device="cpu")
     for plane, out in zip(grey.reshape(-1, *grey.shape[-2:]), edges.view(-1, *grey.shape[-2:]), strict=True):
         smooth = cv2.GaussianBlur(plane, (0, 0), 2, borderType=cv2.BORDER_REPLICATE)
         dx, dy = (

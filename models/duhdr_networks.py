@@ -378,6 +378,11 @@ class ITnet(nn.Module):
 
     def forward(self, clipped: Tensor) -> Tensor:
         check_image("duhdr: ITnet", clipped, self.MULTIPLE)
+        if self.bottom.training and clipped[:, 0].numel() == self.MULTIPLE**2:
+            raise ValueError(
+                f"duhdr: ITnet: in training its batch norm needs more than one image of {self.MULTIPLE} x "
+                f"{self.MULTIPLE} pixels, or a larger one, got shape {list(clipped.shape)}"
+            )
         return clipped + self.mask(clipped) * self.beyond_white(clipped)
 
     def mask(self, clipped: Tensor) -> Tensor:

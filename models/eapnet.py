@@ -396,7 +396,8 @@ class EMA(AveragedModel):
     """The paper's temporal ensemble: every 5,000 steps the averaged weights take the mean of their own and the model's.
 
     ``ema.module`` is the averaged model, and is called by ``ema(...)``. At the first of these steps it becomes the
-    model; before, it is the model as it was when the average was made. Load and save it by its state dict.
+    model; before, it is the model as it was when the average was made. Training goes on from its state dict;
+    ``hdrops predict`` takes that of ``ema.module``.
 
     Args:
         model: what is trained; a copy of it is kept.

@@ -172,6 +172,15 @@ def test_an_image_that_was_there_stays_when_something_fails(capsys, tmp_path: Pa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_too_little_memory_is_no_error_of_hdrops(capsys, monkeypatch, tmp_path: Path, frames: list[str]) -> None:
+    def starve(self: Mean, images: Tensor, log_exposures: Tensor) -> Tensor:
+        return torch.empty(1 << 60)
+
+    monkeypatch.setattr(One, "_predict", starve)
+    code, _, err = run(capsys, frames[0], "--model", "one", "-o", tmp_path / "a.exr")
+    assert code == 2 and "one: cpu has too little memory for images of 16 x 12" in err
+
+
 def test_the_commands_of_hdrops_are_there_too(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -246,6 +246,7 @@ def test_bad_input_is_named(model: duhdr.DuHDR) -> None:
         (lambda: model.dnet(torch.rand(1, 3, 24, 32)), ValueError, "Dnet: height and width must be .* multiples of 16"),
         (lambda: model.itnet(torch.rand(1, 3, 16, 32)), ValueError, "ITnet: height and width .* multiples of 32, got"),
         (lambda: model(torch.rand(1, 3, 0, 64)), ValueError, "must be positive"),
+        (lambda: ITnet()(torch.rand(1, 3, 32, 32)), ValueError, r"more than one image of 32 x 32 .*\[1, 3, 32, 32\]"),
         (lambda: OOnet("pool"), ValueError, "downblock must be 'rfb' or 'conv', got 'pool'"),
         (lambda: ITnet(alpha=1.0), ValueError, r"alpha must lie in \[0, 1\), got 1.0"),
         (lambda: ITnet(convention="rgb"), ValueError, "vgg_input must be one of caffe, torchvision, got 'rgb'"),

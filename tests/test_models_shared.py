@@ -1,15 +1,22 @@
 """What the systems share: the registry, checks of what they are given, VGG, losses, counting of operations."""
 
+import copy
+import doctest
+import importlib
 import math
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import hdrops
-from hdrops import models
+from hdrops import _backends, models
 from hdrops.models import _system, complexity, losses
 from hdrops.models.backbones import VGG, imagenet_normalize, layer_names
+from hdrops.models.diffhdr import DiffHDR
+from hdrops.models.diffhdr_losses import histogram_loss
+from hdrops.models.duhdr import DuHDR
 from hdrops.models.operations import measure
 
 
@@ -90,6 +97,64 @@ def test_predict_takes_every_float_type_and_clamps_codes(name: str, threads) -> 
         assert model.predict(images[:0], logs).shape == (0, 3, 19, 21)
     with pytest.raises(ValueError, match=rf"{name}: images must have pixels, H and W at least 1, got shape"):
         model.predict(images[..., :0], logs)
+
+
+def test_another_default_device_changes_nothing(threads, monkeypatch) -> None:
+    """What the code makes stands where its arguments are, not on the default device: here one without values."""
+    threads(1)
+    found = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        built = [models.create(name, **SMALL[name]).eval() for name in SMALL if name != "duhdr"]
+        for model in built:
+            images = torch.rand(1, model.frames, 3, 20, 24)
+            with torch.no_grad(), torch.device(device):
+                found.append(model.predict(images, [0.0, 1.0, 2.0]))
+    for ours, expected in zip(found[4:], found[:4], strict=True):
+        torch.testing.assert_close(ours, expected)
+    drawn = []
+    start = nn.init.kaiming_normal_
+    monkeypatch.setattr(
+        nn.init, "kaiming_normal_", lambda x, **kwargs: drawn.append(x.device.type) or start(x, **kwargs)
+    )
+    with torch.device("meta"):
+        assert VGG(19, ["relu1_1"]).features[0].weight.is_meta
+    assert drawn == ["cpu"]
+
+
+def _step_loss(model: models.System, photographs: Tensor, radiance: Tensor) -> Tensor:
+    """A loss of the system that runs through its operators, forward and backward."""
+    if isinstance(model, DuHDR):
+        return F.mse_loss(model.photograph(radiance), photographs[:, 0])
+    if isinstance(model, DiffHDR):
+        stack = model(photographs[:, 0] * 2 - 1, (photographs[:, 0, :1] > 0.9).to(photographs))
+        return histogram_loss(stack.tones.flatten(0, 1), -stack.tones.detach().flatten(0, 1)) + losses.mu_law_l1(
+            model.radiance(stack.images), radiance
+        )
+    logs = torch.tensor([-1.4, 0.0, 1.4])
+    return model.loss(model(*model.prepare(photographs, logs)), model.encode_target(radiance, logs))
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", models.names())
+def test_a17_a_step_is_that_of_the_reference_on_the_cpu(name: str, threads, monkeypatch) -> None:
+    threads(1)
+    kernels = models.create(name, **{**SMALL[name], **({"secondary": True} if name == "duhdr" else {})})
+    reference = copy.deepcopy(kernels).cpu()
+    photographs, radiance = torch.rand(2, kernels.frames, 3, 32, 32), 2 * torch.rand(2, 3, 32, 32)
+    found: list[list[float]] = [[], []]
+    for model, values, backend in ((kernels, found[0], None), (reference, found[1], "reference")):
+        monkeypatch.setattr(_backends, "_REQUESTED", backend)
+        device = next(model.parameters()).device
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        with torch.device(device), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = _step_loss(model, photographs.to(device), radiance.to(device))
+                loss.backward()
+                optimizer.step()
+                values.append(loss.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][0] != found[0][1]
 
 
 def test_predict_waits_for_no_device() -> None:
@@ -204,6 +269,16 @@ def test_losses_are_zero_for_a_perfect_prediction_and_refuse_other_shapes() -> N
     assert difference.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_tone_mapping_of_singlehdr_and_its_mean() -> None:
+    assert losses.log_compress(torch.tensor([0.0, 1.0, 10.0])).tolist() == pytest.approx([0, 1, math.log(101, 11)])
+    radiance = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    scaled = losses.rescale_to_mean(radiance)
+    assert scaled.mean((1, 2, 3)).tolist() == pytest.approx([0.5, 0.5], rel=1e-5)
+    # A brighter image is the same one after it: along itself the gradient vanishes.
+    (gradient,) = torch.autograd.grad(scaled[:, 0].square().sum(), radiance)
+    assert (gradient * radiance).sum((1, 2, 3)).abs().max() < 1e-4
+
+
 def test_the_white_of_the_challenge_is_a_percentile_of_the_linear_target() -> None:
     target = torch.linspace(0, 1, 300).reshape(1, 3, 10, 10)
     assert losses.ntire_white(target).item() == pytest.approx((296 / 299) ** 2.24, rel=1e-5)
@@ -238,6 +313,13 @@ def test_an_unknown_name_of_the_table_is_an_error_of_usage(monkeypatch, capsys) 
     with pytest.raises(SystemExit, match="2"):
         complexity.main()
     assert "unknown model nose; known: sthdr, eapnet, duhdr, apnt, diffhdr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["apnt", "diffhdr", "diffhdr_layer", "duhdr_training"])
+def test_the_docstrings_examples_run(module: str, threads) -> None:
+    threads(1)
+    results = doctest.testmod(importlib.import_module(f"hdrops.models.{module}"))
+    assert results.attempted > 0 and results.failed == 0
 
 
 def test_operators_count_like_the_dense_layers_they_stand_for() -> None:
