@@ -101,12 +101,12 @@ format: $(VENV)/linters
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# A second copy of the package, built with the sanitizers and with the AVX-512 kernels lowered to AVX2, so that every
-# kernel runs on every x86-64 machine. The sanitizers' run-time libraries must be in the process before python's own
+# A second copy of the package, built with the sanitizers and with the AVX-512 kernels alone, lowered to AVX2, so that
+# the same run on every x86-64 machine. The sanitizers' run-time libraries must be in the process before python's own
 # allocations; libstdc++ must be too, or the first C++ exception ends the process.
 test-asan: build
 	rm -rf $(ASAN)
-	HDROPS_CUDA=0 HDROPS_SANITIZE=1 HDROPS_LOWERED_ISA=1 $(BIN)/python setup.py -q build --build-lib $(ASAN)
+	HDROPS_CUDA=0 HDROPS_SANITIZE=1 HDROPS_LOWERED_ISA=only $(BIN)/python setup.py -q build --build-lib $(ASAN)
 	LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so; do $${CXX:-c++} -print-file-name=$$name; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN) HDROPS_SANITIZE=1 \
 	  $(BIN)/pytest -m asan -p no:cacheprovider $(ARGS)

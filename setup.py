@@ -12,6 +12,7 @@ Environment:
                        CUDA_ARCHITECTURES below that the toolkit knows.
     HDROPS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer, for `make test-asan`.
     HDROPS_LOWERED_ISA 1: compile the AVX-512 kernels for AVX2, to test their logic on any x86-64 machine.
+                       only: and no others; then HDROPS_SIMD chooses nothing.
     MAX_JOBS           parallel compilations.
 """
 
@@ -129,8 +130,11 @@ def host_flags() -> list[str]:
     flags += ["-ffp-contract=fast", "-fno-math-errno"]
     if SANITIZE:
         flags += ["-O1", "-g1", "-fno-wrapv", "-fno-omit-frame-pointer", *SANITIZERS, "-fno-sanitize-recover=undefined"]
-    if switch("HDROPS_LOWERED_ISA", ("0", "1")) == "1":
+    lowered = switch("HDROPS_LOWERED_ISA", ("0", "1", "only"))
+    if lowered != "0":
         flags += ["-DHDROPS_LOWERED_ISA"]
+    if lowered == "only":
+        flags += ["-DHDROPS_LOWERED_ISA_ONLY"]
     return flags
 
 

@@ -52,7 +52,13 @@
 #define HDROPS_ISA_CALL_WIDE(call)
 #define HDROPS_ISA_CALL_BF16(call)
 #endif
-// `return call` of the best instruction set; the second form for sources compiled with HDROPS_ISA_WITH_BF16.
+// `return call` of the best instruction set; the second form for sources compiled with HDROPS_ISA_WITH_BF16. With
+// HDROPS_LOWERED_ISA_ONLY (tests only) that is always the widest, so that the kernels, which are templates, are
+// instantiated for no other: in a build with sanitizers they take most of the time.
+#if defined(HDROPS_LOWERED_ISA_ONLY) && defined(__x86_64__)
+#define HDROPS_ISA_CALL(call) return avx512::call
+#define HDROPS_ISA_CALL_WITH_BF16(call) return avx512_bf16::call
+#else
 #define HDROPS_ISA_CALL(call)  \
   switch (::hdrops::isa()) {   \
     HDROPS_ISA_CALL_WIDE(call) \
@@ -65,6 +71,7 @@
     default:                            \
       return baseline::call;            \
   }
+#endif
 #endif  // HDROPS_FOREACH_ISA
 
 #define HDROPS_ISA baseline

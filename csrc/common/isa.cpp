@@ -23,6 +23,9 @@ Isa best_isa() {
 }
 
 Isa choose_isa() {
+#if defined(HDROPS_LOWERED_ISA_ONLY)
+  return best_isa();  // the only one there is
+#endif
   static const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   Isa best = best_isa();
   const char* wanted = std::getenv("HDROPS_SIMD");
