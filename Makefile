@@ -24,8 +24,12 @@ CXX_FILES := $(shell find csrc tests/emu -name '*.cpp' -o -name '*.h' -o -name '
 # The files that need torchvision or ONNX Runtime, and one that shows that the library loads there at all.
 PEER_TESTS := $(shell grep -lE 'torchvision|onnxruntime' tests/test_*.py) tests/test_abi.py
 ASAN := build/asan
+# What wheel and source distribution are made of, libraries aside.
+DISTRIBUTED := $(shell find benches csrc docs hdrops models tests -type f -not -name '*.so' -not -path '*/__pycache__/*') \
+  $(wildcard *.py *.md *.toml *.in) LICENSE NOTICE Makefile
 
-.PHONY: help machine build demo test lint format bench bench-models test-asan peers peers-environment cuda cuda-toolkit gpu wheel clean distclean
+.PHONY: help machine build emulator demo test lint format bench bench-models test-asan peers peers-environment cuda \
+  cuda-toolkit gpu wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +43,7 @@ help:
 	@echo 'make bench-models  whole systems with the kernels and without'
 	@echo 'make lint       ruff, mypy and clang-format; make format applies the formats'
 	@echo 'make build      build and install into $(VENV) in place'
+	@echo 'make emulator   build the CUDA kernels for the host, on which the tests run them'
 	@echo 'make wheel      wheel and source distribution in dist/'
 	@echo 'make clean      remove what was built; make distclean removes the environments too'
 
@@ -56,6 +61,10 @@ bench-models: peers-environment
 	$(PEERS_BIN)/python -m benches.models $(ARGS)
 
 build: hdrops/_C.so $(VENV)/installed
+
+# The tests build what they lack of it; beforehand all cores do.
+emulator: build
+	$(BIN)/python tests/emu/build.py
 
 # What the machine must bring, one line for each thing that may be missing.
 machine:
@@ -107,6 +116,7 @@ format: $(VENV)/linters
 test-asan: build
 	rm -rf $(ASAN)
 	HDROPS_CUDA=0 HDROPS_SANITIZE=1 HDROPS_LOWERED_ISA=only $(BIN)/python setup.py -q build --build-lib $(ASAN)
+	HDROPS_SANITIZE=1 $(BIN)/python tests/emu/build.py
 	LD_PRELOAD="$$(for name in libasan.so libubsan.so libstdc++.so; do $${CXX:-c++} -print-file-name=$$name; done | tr '\n' ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN) HDROPS_SANITIZE=1 \
 	  $(BIN)/pytest -m asan -p no:cacheprovider $(ARGS)
@@ -116,9 +126,16 @@ $(PEERS_VENV)/created: | machine
 	$(PEERS_BIN)/python $(PIP_INSTALL) --upgrade pip
 	@touch $@
 
-peers-environment: wheel | $(PEERS_VENV)/created
+# Written anew only when other PEERS are asked for.
+$(PEERS_VENV)/peers: force | $(PEERS_VENV)/created
+	@echo '$(PEERS)' | cmp -s - $@ || echo '$(PEERS)' > $@
+
+$(PEERS_VENV)/installed: $(PEERS_VENV)/peers dist/.made
 	$(PEERS_BIN)/python $(PIP_INSTALL) $(PEERS) "$$(echo dist/hdrops-*.whl)[photo,test]"
 	$(PEERS_BIN)/python $(PIP_INSTALL) --force-reinstall --no-deps dist/hdrops-*.whl
+	@touch $@
+
+peers-environment: $(PEERS_VENV)/installed
 
 peers: peers-environment
 	$(PEERS_BIN)/pytest $(PEER_TESTS) $(ARGS)
@@ -135,10 +152,13 @@ cuda: cuda-toolkit
 gpu:
 	PYTHONPATH=. $(PYTHON) -m benches.gpu $(ARGS)
 
-wheel: build
+wheel: dist/.made
+
+dist/.made: hdrops/_C.so $(VENV)/installed $(DISTRIBUTED)
 	rm -rf build/lib* dist
 	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python setup.py -q sdist
+	@touch $@
 
 clean:
 	rm -rf build dist demo *.egg-info hdrops/*.so
