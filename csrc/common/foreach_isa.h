@@ -117,7 +117,8 @@ HDROPS_END_TARGET
 HDROPS_BEGIN_TARGET("avx2,fma,f16c")
 #else
 #define HDROPS_HAVE_AVX512_BF16 1
-HDROPS_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
+HDROPS_BEGIN_TARGET(
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
 #define HDROPS_ISA avx512_bf16
 #define HDROPS_VECTOR_BYTES 64
