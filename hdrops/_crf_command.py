@@ -160,6 +160,14 @@ def load(path: str) -> Tensor:
     return curve
 
 
+def save(path: Path, curve: Tensor) -> None:
+    """Stores an inverse response."""
+    try:
+        save_response(path, curve)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def run(args: argparse.Namespace) -> None:
     """Recovers, stores and draws the curve."""
     with Outputs(inputs(args)) as outputs:
@@ -167,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
         drawing = outputs.add(args.plot, PLOT_SUFFIXES) if args.plot else None
         bracket = read(args)
         curve = recover(bracket, args.method, args)
-        save_response(target, curve)
+        save(target, curve)
         if drawing is not None:
             plot_response(drawing, curve, f"{args.method} response of {len(bracket.paths)} frames")
     stops = torch.log2(curve[0, :, -16] / curve[0, :, 16]).mean()

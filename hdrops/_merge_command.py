@@ -27,10 +27,11 @@ from hdrops._crf_command import (
     progress,
     read,
     recover,
+    save,
 )
 from hdrops._plot import Map, plot_response, replacement_map
 from hdrops._tonemap_command import shrink, to_display
-from hdrops.camera import Deghosted, deghost, save_response
+from hdrops.camera import Deghosted, deghost
 from hdrops.camera.calibration import METHODS
 from hdrops.io import PICTURE_SUFFIXES, RADIANCE_SUFFIXES, InputError, Outputs, Pixels, write_image
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         if "response" in temporary:
             if curve is None:
                 raise InputError(f"{args.save_response}: no response to save; it is linear")
-            save_response(temporary["response"], curve)
+            save(temporary["response"], curve)
         if "plot" in temporary:
             shown = torch.linspace(0, 2, 256).expand(1, 1, -1) if curve is None else curve
             plot_response(temporary["plot"], shown, f"{method} response", maps)

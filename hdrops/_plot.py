@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hdrops.io import Pixels, need
+from hdrops.io import InputError, Pixels, need
 
 # Colours of deghost's labels, and what they mean.
 LABELS = (
@@ -49,7 +49,11 @@ def replacement_map(reference: Pixels, label: NDArray[np.uint8]) -> NDArray[np.u
 
 
 def plot_response(path: Path, curve: Tensor, title: str, maps: Sequence[Map] = ()) -> None:
-    """Draws an inverse response [1, C, L]: code against the exposure that gives it, in stops; and maps below it."""
+    """Draws an inverse response [1, C, L]: code against the exposure that gives it, in stops; and maps below it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     need("matplotlib", "--plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,7 +74,10 @@ def plot_response(path: Path, curve: Tensor, title: str, maps: Sequence[Map] = (
             axes.set_title(_drawable(name), fontsize=9, parse_math=False)
             axes.set_axis_off()
         _explain_labels(below)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _drawable(text: str) -> str:

@@ -174,7 +174,8 @@ class Outputs:
 
     :meth:`add` gives a temporary name in the target's folder, created at once so that an unwritable folder is found
     before the work and not after it. At the end of the block all are renamed; if it raises (Ctrl-C included) they are
-    removed, and files that stood there before are untouched.
+    removed, and files that stood there before are untouched. An InputError that names a temporary file is raised anew
+    with the target's name.
 
     Args:
         inputs: files that must not be written onto.
@@ -226,6 +227,12 @@ class Outputs:
                 temporary.replace(target)
             else:
                 temporary.unlink(missing_ok=True)
+        if isinstance(error, InputError):
+            told = str(error)
+            for target, temporary in self._temporary.items():
+                told = told.replace(str(temporary), str(target))
+            if told != str(error):
+                raise InputError(told) from error
 
 
 @contextlib.contextmanager

@@ -241,13 +241,14 @@ class GlobalContextBlock(nn.Module):
         if pooling_type != "att":
             raise ValueError(f"{op}: pooling_type must be 'att', got {pooling_type!r}")
         names = ("channel_add", "channel_mul")
-        if isinstance(fusion_types, str) or not fusion_types or not set(fusion_types) <= set(names):
+        known = isinstance(fusion_types, (tuple, list)) and all(name in names for name in fusion_types)
+        if not known or not fusion_types:
             raise ValueError(
                 f"{op}: fusion_types must be a tuple of 'channel_add' and 'channel_mul', got {fusion_types!r}"
             )
-        planes = int(in_channels * ratio)
-        if planes < 1:
+        if not 1 <= in_channels * ratio < math.inf:
             raise ValueError(f"{op}: int(in_channels * ratio) must be at least 1, got int({in_channels} * {ratio})")
+        planes = int(in_channels * ratio)
         self.in_channels = in_channels
         self.ratio = ratio
         self.planes = planes
@@ -275,6 +276,9 @@ class GlobalContextBlock(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         key_weight, key_bias = self.conv_mask.weight.flatten(), self.conv_mask.bias
         if self.channel_add_conv is not None and self.channel_mul_conv is not None:
+            ambient = _common.autocast_dtype(input)
+            if ambient is not None:  # as global_context does
+                input = _common.cast(input, ambient)
             context = context_pool(input, key_weight, key_bias)[:, :, None, None]
             output: Tensor = input * self.channel_mul_conv(context).sigmoid() + self.channel_add_conv(context)
             return output
@@ -299,6 +303,16 @@ class GlobalContextBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, ratio={self.ratio}, fusion_types={self.fusion_types}"
+
+
+def _check_curve(op: str, curve: Tensor | None, learnable: bool) -> None:
+    """Raises unless a layer can begin with ``curve``; its operator checks the shape."""
+    if curve is None:
+        return
+    if not isinstance(curve, Tensor):
+        raise TypeError(f"{op}: curve must be a tensor or None, got {type(curve).__name__}")
+    if learnable and not curve.is_floating_point():
+        raise TypeError(f"{op}: a learnable curve must be floating point, got {curve.dtype}")
 
 
 class CRF(nn.Module):
@@ -336,6 +350,7 @@ class CRF(nn.Module):
         gradient_scale: float | None = None,
     ) -> None:
         super().__init__()
+        _check_curve("CRF", curve, learnable)
         if curve is None:
             ramp = torch.linspace(0, 1, levels)
             curve = ramp if channels is None else ramp.repeat(channels, 1)
@@ -393,6 +408,9 @@ class ExposureMerge(nn.Module):
         fallback: bool = True,
     ) -> None:
         super().__init__()
+        _check_curve("ExposureMerge", curve, learnable)
+        if not isinstance(weight, (str, Tensor)):
+            raise TypeError(f"ExposureMerge: weight must be a name or a tensor, got {type(weight).__name__}")
         if learnable and curve is None:
             raise ValueError("ExposureMerge: learnable=True needs a curve to start from, got None")
         if learnable and curve is not None:

@@ -1,5 +1,6 @@
 """The ``hdrops`` command on brackets made here: what it writes, where exposures come from, and every refusal."""
 
+import errno
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hdrops import _align, _exposures, _merge_command, _operator_cases, cli, demo
+from hdrops import _align, _crf_command, _exposures, _merge_command, _operator_cases, cli, demo
 from hdrops.camera import load_response
 from hdrops.io import read_image, write_image
 
@@ -550,6 +551,19 @@ def test_inputs_are_never_overwritten(capsys, tmp_path, bracket):
     )
     assert code == 2 and "is one of the input images" in err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("option", "name"), [("--save-response", "camera.npz"), ("--plot", "camera.png")])
+def test_a_full_disk_is_told_by_the_files_name(capsys, output, frames, monkeypatch, option, name):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_crf_command, "save_response", fail)
+    monkeypatch.setattr(matplotlib.Figure, "savefig", fail)
+    message = rf"{re.escape(str(output.with_name(name)))}: cannot be written \(No space left on device\)"
+    refuses(capsys, output, message, *frames, "--times", "1/64,1/8,1", option, output.with_name(name))
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (SystemExit, None)])

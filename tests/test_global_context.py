@@ -547,6 +547,19 @@ def test_the_module_starts_as_the_identity():
     assert "8, ratio=0.25, fusion_types=('channel_mul',)" in repr(scaled)
 
 
+@pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_mul",), ("channel_add", "channel_mul")], ids=str)
+def test_the_module_follows_autocast(fusion_types):
+    module = hdrops.nn.GlobalContextBlock(8, 0.5, fusion_types=fusion_types)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    image = torch.randn(2, 8, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(image)
+        assert module.double()(image.double()).dtype == torch.float64
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), module(image.double()), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -554,6 +567,10 @@ def test_the_module_starts_as_the_identity():
         ({"pooling_type": "max"}, ValueError, "GlobalContextBlock: pooling_type must be 'att', got 'max'"),
         ({"fusion_types": ()}, ValueError, "fusion_types must be a tuple of 'channel_add' and 'channel_mul'"),
         ({"fusion_types": "channel_add"}, ValueError, "fusion_types must be a tuple .* got 'channel_add'"),
+        ({"fusion_types": [["channel_add"]]}, ValueError, r"fusion_types must be a tuple .* got \[\['channel_add'\]\]"),
+        ({"fusion_types": 1}, ValueError, "fusion_types must be a tuple .* got 1"),
+        ({"ratio": float("nan")}, ValueError, r"must be at least 1, got int\(8 \* nan\)"),
+        ({"ratio": float("inf")}, ValueError, r"must be at least 1, got int\(8 \* inf\)"),
         ({"ratio": 0.01}, ValueError, r"int\(in_channels \* ratio\) must be at least 1, got int\(8 \* 0.01\)"),
     ],
 )

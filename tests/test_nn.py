@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hdrops
-from hdrops.nn import DeformConv2d, ModulatedDeformConv2d
+from hdrops.nn import CRF, DeformConv2d, ExposureMerge, ModulatedDeformConv2d
 
 pytestmark = pytest.mark.device
 DEVICE = torch.get_default_device().type
@@ -151,6 +151,20 @@ def test_modules_compile() -> None:
 )
 def test_wrong_arguments_are_named(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CRF(curve=[0.0, 1.0]), "CRF: curve must be a tensor or None, got list"),
+        (lambda: CRF(curve=torch.arange(4)), "CRF: a learnable curve must be floating point, got torch.int64"),
+        (lambda: ExposureMerge([0.0, 1.0]), "ExposureMerge: curve must be a tensor or None, got list"),
+        (lambda: ExposureMerge(weight=None), "ExposureMerge: weight must be a name or a tensor, got NoneType"),
+    ],
+)
+def test_wrong_kinds_are_named(make, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         make()
 
 

@@ -99,7 +99,8 @@ def deghost(
 
     Returns:
         ``Deghosted(stack, weight, label, reference)``. The reference is unchanged, with weight 1 wherever it is not
-        masked. The order of the frames does not matter.
+        masked. The order of the frames does not matter, but among frames of equal exposure, where the first given
+        comes first.
 
     There are no gradients: the result is detached.
 

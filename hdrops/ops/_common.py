@@ -3,12 +3,14 @@
 import contextlib
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hdrops import _backends
+
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
@@ -137,7 +139,7 @@ def register_autocast(name: str, cast: Callable[..., tuple[Any, ...]]) -> None:
     register("cuda", "AutocastCUDA")
 
 
-def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: OptionalTensor, dtype: torch.dtype) -> OptionalTensor:
     """``tensor`` in the ambient dtype, by autocast's own rule: float64 and integers stay what they are."""
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
