@@ -200,7 +200,10 @@ def check_exposures(paths: Sequence[Path], exposures: Sequence[float], *, allow_
     order = sorted(range(len(paths)), key=lambda frame: exposures[frame])
     equal = [(a, b) for a, b in itertools.pairwise(order) if exposures[b] <= exposures[a] * (1 + 1e-6)]
     if len(equal) == len(paths) - 1:
-        raise InputError(f"{paths[0]} ... {paths[-1]}: all frames have the same exposure, {in_words(exposures[0])}")
+        raise InputError(
+            f"{paths[0]} ... {paths[-1]}: all frames have the same exposure, {in_words(exposures[0])}; a bracket needs "
+            "two different ones, also with --allow-equal"
+        )
     if equal and not allow_equal:
         a, b = equal[0]
         raise InputError(

@@ -290,6 +290,7 @@ MASK = torch.zeros(1, 3, 1, 8, 8, dtype=torch.bool)
         (ValueError, r"curve must be .* got shape \[2, 256\]", STACK, LOG_TIMES, {"curve": torch.ones(2, 256)}),
         (ValueError, r"reference must lie in 0\.\.2, got 3", STACK, LOG_TIMES, {"reference": 3}),
         (ValueError, r"saturation must lie in \(0, 1\], got 0", STACK, LOG_TIMES, {"saturation": 0}),
+        (ValueError, "inplace needs .*clone it", STACK[:, :1].expand_as(STACK), LOG_TIMES, {"inplace": True}),
         (TypeError, "mask must be bool", STACK, LOG_TIMES, {"mask": torch.ones(1, 3, 1, 8, 8)}),
         (TypeError, "stack must be a tensor, got ndarray", STACK.numpy(), LOG_TIMES, {}),
         (TypeError, "log_exposures must be a tensor, got list", STACK, [0.0, 1.0, 2.0], {}),

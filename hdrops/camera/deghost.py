@@ -125,6 +125,11 @@ def deghost(
     that of :func:`hdrops.patch_match_pyramid`, and the test for motion that of ``hdrops/camera/disagreement.py``.
     """
     _check(stack, log_exposures, curve, reference, mask, saturation)
+    if inplace and any(size > 1 and step == 0 for size, step in zip(stack.shape, stack.stride(), strict=True)):
+        raise ValueError(
+            "deghost: inplace needs a stack whose pixels have memory of their own, got shape "
+            f"{list(stack.shape)} with strides {list(stack.stride())}; clone it"
+        )
     stack = stack.detach() if inplace else stack.detach().clone()
     # Codes and log radiance need float32.
     with _common.without_autocast(stack):
