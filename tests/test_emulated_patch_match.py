@@ -125,14 +125,14 @@ def test_given_centers(key_size: tuple[int, int], radius, dtype: torch.dtype) ->
     cases.assert_matches(query, key, radius, cases.some_centers("random", 2, (12, 15), key_size))
 
 
-def test_own_positions_as_centers_change_nothing() -> None:
-    query, key = features(1, 6, 30, 20, dtype=torch.float32), features(1, 6, 30, 20, dtype=torch.float32, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_own_positions_as_centers_change_nothing(dtype: torch.dtype) -> None:
+    query, key = features(1, 6, 30, 20, dtype=dtype), features(1, 6, 30, 20, dtype=dtype, seed=1)
     without, given = (
         hdrops.patch_match(query, key, radius=2, centers=centers)
         for centers in (None, cases.own_positions(30, 20)[None])
     )
-    assert torch.equal(without.index, given.index)
-    assert_close(without.score, given.score.double(), terms=54)
+    assert torch.equal(without.index, given.index) and torch.equal(without.score, given.score)
 
 
 @pytest.mark.parametrize("with_centers", [False, True])
@@ -224,6 +224,73 @@ def test_blocks_that_share_a_tile_choose_the_same(patch: int, dtype: torch.dtype
     for result in results[1:]:
         assert torch.equal(result.index, results[0].index) and torch.equal(result.score, results[0].score)
     cases.assert_matches(query, key, (12, 10), patch=patch)
+
+
+# Given centres: tiles whose windows lie at one displacement share products
+
+
+def halves_move_apart(n: int, size: tuple[int, int], key_size: tuple[int, int]) -> Tensor:
+    """Centres of two displacements: tiles of either, tiles of both, and sites whose centre the key's border holds."""
+    y, x = torch.arange(size[0])[:, None], torch.arange(size[1])
+    left = x < size[1] // 2
+    moved_y = (y + torch.where(left, -2, 1)).clamp(0, key_size[0] - 1)
+    moved_x = (x + torch.where(left, 5, -3)).clamp(0, key_size[1] - 1)
+    return (moved_y * key_size[1] + moved_x).expand(n, -1, -1)
+
+
+@pytest.mark.parametrize("patch", [1, 3, 5, 7])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_centers_of_two_displacements(dtype: torch.dtype, patch: int) -> None:
+    size, key_size = (33, 68), (29, 75)
+    query, key = features(1, 3, *size, dtype=dtype), features(1, 3, *key_size, dtype=dtype, seed=1)
+    centers = halves_move_apart(1, size, key_size)
+    cases.assert_matches(query, key, (1, 2), centers, patch=patch, normalize="both")
+    if dtype == torch.float64:
+        options = {"radius": (1, 2), "centers": centers, "patch_size": patch}
+        assert torch.equal(*(search.patch_match(query, key, **options).index for search in (hdrops, reference)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tile_of_one_displacement_shares_products(dtype: torch.dtype) -> None:
+    """It adds a patch's rows first, on matrix units its columns, and any other tile place by place: the order shows."""
+    key = torch.zeros(1, 1, 3, 3, dtype=dtype)
+    large, small = 2.0**13, 2.0**-13
+    if dtype == torch.float32:
+        key[0, 0, 0, 0], key[0, 0, 1, 0], key[0, 0, 1, 1] = small, large, -large
+    else:
+        key[0, 0, 0, 0], key[0, 0, 0, 1], key[0, 0, 1, 0] = large, small, -large
+    centers = cases.own_positions(3, 3)[None].clone()
+    for last, wanted in ((8, small), (7, 0.0)):
+        centers[0, 2, 2] = last
+        got = hdrops.patch_match(torch.ones_like(key), key, radius=0, centers=centers, normalize="none")
+        assert got.score[0, 1, 1] == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blocks_that_share_a_tile_around_centers(dtype: torch.dtype, device) -> None:
+    size, key_size = (18, 68), (21, 70)
+    query, key = features(2, 3, *size, dtype=dtype), features(2, 3, *key_size, dtype=dtype, seed=1)
+    centers = halves_move_apart(2, size, key_size)
+    results = []
+    for multiprocessors in (1, 16):
+        device(multiprocessors)
+        results.append(hdrops.patch_match(query, key, radius=(4, 9), centers=centers))
+    assert torch.equal(results[1].index, results[0].index) and torch.equal(results[1].score, results[0].score)
+    cases.assert_matches(query, key, (4, 9), centers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_a_tile_of_one_displacement(value: float, dtype: torch.dtype) -> None:
+    query, key = (features(1, 3, 9, 20, dtype=dtype, seed=seed) for seed in (0, 1))
+    key = torch.nn.functional.pad(key, (4, 4, 4, 4))
+    query[0, 1, 4, 9] = key[0, 2, 8, 8] = key[0, 0, 4, 4] = value
+    centers = (cases.own_positions(9, 20, 28) + 4 * 28 + 4)[None]
+    options = {"radius": (2, 3), "centers": centers, "normalize": "none"}
+    got = hdrops.patch_match(query, key, **options)
+    wanted = reference.patch_match(query.double(), key.double(), **options)
+    assert torch.equal(got.index, wanted.index)
+    torch.testing.assert_close(got.score.double(), wanted.score, rtol=2**-8, atol=2**-8)
 
 
 # 16-bit data on matrix units

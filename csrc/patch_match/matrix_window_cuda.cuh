@@ -1,5 +1,6 @@
-// Search around every site's own position with float16 and bfloat16 on matrix units (sm_80 and later): as
-// shared_window_cuda.cuh, the score of patches is a box sum of the products of pixels, which overlapping patches share.
+// Search where the windows of neighbours lie at one displacement from their sites, with float16 and bfloat16 on matrix
+// units (sm_80 and later): as in shared_window_cuda.cuh, the score of patches is a box sum of the products of pixels,
+// which overlapping patches share.
 //
 // A block of 256 threads has 16 x 16 pixels of the query, of which the inner ones are its sites: 14 x 14 with patches
 // of 3. It walks the window in passes of up to 6 x 9 or 3 x 25 displacements (matrix_product_cuda.cuh), whichever reads
@@ -41,21 +42,23 @@ template <class Product, class T>
 struct MatrixPasses {
   BlockTile tile;
   Range rows, columns;
-  const MatchTarget<T>& target;
+  unsigned first_place;
+  int window_x;
   int down, across, length;  // passes; rows of displacements in one
 
   __device__ __forceinline__ explicit MatrixPasses(const MatrixSearch<T>& s)
-      : tile(BlockTile::mine(s.matches.grid)),
-        rows(visible(s.matches.target.radius_y, tile.top, tile.top + s.matches.grid.down - 1, s.key.height)),
-        columns(visible(s.matches.target.radius_x, tile.left, tile.left + s.matches.grid.across - 1, s.key.width)),
-        target(s.matches.target) {
+      : tile(BlockTile::mine(s.matches)),
+        rows(tile.rows(s.matches, s.key.height)),
+        columns(tile.columns(s.matches, s.key.width)),
+        first_place(tile.first_place(s.matches.target)),
+        window_x(s.matches.target.window_x) {
     down = rows.passes(Product::kDown), across = columns.passes(Product::kAcross);
     length = ceil_div(rows.count(), down);
   }
   __device__ __forceinline__ MatrixPass at(int pass) const {
     const int dy = rows.first + pass / across * length, dx = columns.first + pass % across * Product::kAcross;
-    const int place = (dy + target.radius_y) * target.window_x + dx + target.radius_x;
-    return {tile.image,
+    const int place = int(first_place + unsigned(dy) * unsigned(window_x) + unsigned(dx));
+    return {int(tile.image),
             tile.top,
             tile.left,
             dy,
@@ -166,8 +169,9 @@ __device__ __forceinline__ void search_sums(const MatrixSearch<T>& s, const Matr
 
 // The first candidate of a site's window, which stands where no score beats minus infinity.
 template <class T>
-__device__ __forceinline__ Best<float> first_of_window(const MatchTarget<T>& target, const TileSite& site) {
-  const int row = max(target.radius_y - site.y, 0), column = max(target.radius_x - site.x, 0);
+__device__ __forceinline__ Best<float> first_of_window(const MatchTarget<T>& target, const TileShift& shift,
+                                                       const TileSite& site) {
+  const int row = max(target.radius_y - shift.y - site.y, 0), column = max(target.radius_x - shift.x - site.x, 0);
   return {-INFINITY, row * target.window_x + column};
 }
 
@@ -178,8 +182,9 @@ __global__ void __launch_bounds__(kMatrixThreads, 2) search_by_matrix_units(Matr
   auto* state = reinterpret_cast<MatrixState*>(stages + Product::kBytes);
   const MatrixPasses<Product, T> passes(s);
   const BlockTile& tile = passes.tile;
+  if (tile.mixed()) return;
   const Range part = tile.part(s.matches.grid, passes.down * passes.across);
-  state->best[threadIdx.x] = first_of_window(s.matches.target, TileSite::mine(tile.top, tile.left));
+  state->best[threadIdx.x] = first_of_window(s.matches.target, tile.shift, TileSite::mine(tile.top, tile.left));
   for (int number = part.first; number <= part.last; ++number) {
     MatrixPass& pass = state->passes[number % 2];
     if (threadIdx.x == 0) pass = MatrixPasses<Product, T>(s).at(number);
@@ -196,11 +201,11 @@ __global__ void __launch_bounds__(kMatrixThreads, 2) search_by_matrix_units(Matr
     if (s.reach == 2) search_sums<5, Product>(s, pass, memory, best);
     if (s.reach == 3) search_sums<7, Product>(s, pass, memory, best);
   }
-  const BlockTile now = BlockTile::mine(s.matches.grid);
+  const BlockTile now = BlockTile::mine(s.matches);
   const TileSite site = TileSite::mine(now.top, now.left);
   if (site.row >= s.matches.grid.down || site.column >= s.matches.grid.across) return;
   if (site.y >= s.query.height || site.x >= s.query.width) return;
-  s.matches.write(now, site.y, site.x, state->best[threadIdx.x]);
+  now.write(s.matches, site.y, site.x, state->best[threadIdx.x]);
 }
 
 // Passes of a window that lies whole on the key.

@@ -1,5 +1,6 @@
-// Search around every site's own position: the displacement is the same for all pixels, so the score of patches is a
-// box sum of the products of pixels, which overlapping patches share.
+// Search where the windows of neighbours lie at one displacement from their sites: around own positions, and around
+// given centres in the tiles of one shift (tile_shifts_cuda.cuh). The score of patches is then a box sum of the
+// products of pixels, which overlapping patches share.
 //
 // A block of 512 threads has 32 x 16 pixels of the query, of which the inner ones are its sites: 30 x 14 with patches
 // of 3. It walks the window in passes of 8 x 8 displacements. In a pass
@@ -40,7 +41,8 @@ struct WindowShape {
   static constexpr int kKeyItems = ceil_div(kKeyHeight, kKeyLines);  // pixels of the key that a thread loads
   static constexpr int kBoxes = kRows * kHeight * kQueryPitch;       // horizontal sums of a displacement
   static constexpr int kPart = kBuffer > kBoxes ? kBuffer : kBoxes;  // of shared memory, twice; then the best matches
-  static constexpr size_t kSharedBytes = 2 * sizeof(Real) * kPart + kThreads * (sizeof(Real) + sizeof(int));
+  static constexpr size_t kSharedBytes =
+      2 * sizeof(Real) * kPart + kThreads * (sizeof(Real) + sizeof(int)) + sizeof(int);
   static_assert(kWidth * kHeight == kThreads && 32 % kAcross == 0);
   static_assert(kSharedBytes <= 64 << 10);  // what sm_75 has
 };
@@ -213,23 +215,24 @@ __device__ __forceinline__ void add_products(const WindowSearch<T>& s, int64_t i
 }
 
 template <class T, int kReach>
-__global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) search_own_position(WindowSearch<T> s) {
+__global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) search_shared_window(WindowSearch<T> s) {
   using Real = device_acc_t<T>;
   using Shape = WindowShape<Real>;
   constexpr int kSitesAcross = Shape::kWidth - 2 * kReach, kSitesDown = Shape::kHeight - 2 * kReach;
   Real* memory = shared_memory<Real>();
-  const BlockTile tile = BlockTile::mine(s.matches.grid);
+  const BlockTile tile = BlockTile::mine(s.matches);
+  if (tile.mixed()) return;
   const int top = tile.top, left = tile.left;
-  const int height = s.key.height, width = s.key.width;
-  const int radius_y = s.matches.target.radius_y, radius_x = s.matches.target.radius_x;
 
-  // The best match waits in shared memory while the products need all registers.
+  // The best match, and the place in the window of displacement (0, 0), wait in shared memory while the products need
+  // all registers.
   Real* best_score = memory + 2 * Shape::kPart;
   int* best_place = reinterpret_cast<int*>(best_score + Shape::kThreads);
+  unsigned* first_place = reinterpret_cast<unsigned*>(best_place + Shape::kThreads);
   best_score[threadIdx.x] = -Real(INFINITY), best_place[threadIdx.x] = Best<Real>::kNone;
+  if (threadIdx.x == 0) *first_place = tile.first_place(s.matches.target);
 
-  const Range rows = visible(radius_y, top, top + kSitesDown - 1, height);
-  const Range columns = visible(radius_x, left, left + kSitesAcross - 1, width);
+  const Range rows = tile.rows(s.matches, s.key.height), columns = tile.columns(s.matches, s.key.width);
   const int across = columns.passes(Shape::kShifts), passes = across * rows.passes(Shape::kRows);
   const Range part = tile.part(s.matches.grid, passes);
   for (int pass = part.first; pass <= part.last; ++pass) {
@@ -243,10 +246,10 @@ __global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) sea
     const auto mine = ProductThread<Real>::of(thread);
     const int pixel_y = top - kReach + mine.row, pixel_x = left - kReach + mine.column;
     const int key_y = pixel_y + first_dy + mine.shift_row;
-    const bool row_inside = pixel_y >= 0 && pixel_y < height && key_y >= 0 && key_y < height;
+    const bool row_inside = pixel_y >= 0 && pixel_y < s.query.height && key_y >= 0 && key_y < s.key.height;
     const int site_row = thread / kSitesAcross, site_column = thread % kSitesAcross;
     const int site_y = top + site_row, site_x = left + site_column;
-    const bool has_site = site_row < kSitesDown && site_y < height && site_x < width;
+    const bool has_site = site_row < kSitesDown && site_y < s.query.height && site_x < s.query.width;
     Best<Real> best{best_score[thread], best_place[thread]};
 #pragma unroll
     for (int shift = 0; shift < Shape::kShifts; ++shift) {
@@ -255,29 +258,32 @@ __global__ void __launch_bounds__(WindowShape<device_acc_t<T>>::kThreads, 1) sea
       for (int i = 0; i < Shape::kPixels; ++i) {
         // A pixel beyond one of the grids contributes nothing, not even where the other's is NaN.
         const int x = pixel_x + i, key_x = x + first_dx + shift;
-        if (!(row_inside && x >= 0 && x < width && key_x >= 0 && key_x < width)) sum[shift][i] = 0;
+        const bool inside = x >= 0 && x < s.query.width && key_x >= 0 && key_x < s.key.width;
+        if (!(row_inside && inside)) sum[shift][i] = 0;
       }
       mine.template add_horizontally<kReach>(sum[shift], boxes);
       __syncthreads();
       const int x = site_x + first_dx + shift;
-      if (!has_site || x < 0 || x >= width || first_dx + shift > columns.last) continue;
+      if (!has_site || x < 0 || x >= s.key.width || first_dx + shift > columns.last) continue;
       const Real* from = boxes + site_row * Shape::kQueryPitch + site_column + kReach;
 #pragma unroll 1
       for (int line = 0; line < Shape::kRows; ++line, from += Shape::kHeight * Shape::kQueryPitch) {
         const int dy = first_dy + line, y = site_y + dy;
-        if (y < 0 || y >= height || dy > rows.last) continue;
+        if (y < 0 || y >= s.key.height || dy > rows.last) continue;
         Real score = 0;
 #pragma unroll
         for (int k = 0; k <= 2 * kReach; ++k) score += from[k * Shape::kQueryPitch];
-        score *= scale_at(s.key_scale, (int64_t(tile.image) * height + y) * width + x);
-        best.offer(score, (dy + radius_y) * s.matches.target.window_x + first_dx + shift + radius_x);
+        score *= scale_at(s.key_scale, (tile.image * s.key.height + y) * s.key.width + x);
+        best.offer(score,
+                   int(*first_place + unsigned(dy) * unsigned(s.matches.target.window_x) + unsigned(first_dx + shift)));
       }
     }
     best_score[thread] = best.score, best_place[thread] = best.place;
   }
-  const int site_y = top + int(threadIdx.x) / kSitesAcross, site_x = left + int(threadIdx.x) % kSitesAcross;
-  if (site_y >= min(top + kSitesDown, height) || site_x >= width) return;
-  s.matches.write(tile, site_y, site_x, {best_score[threadIdx.x], best_place[threadIdx.x]});
+  const BlockTile mine = BlockTile::mine(s.matches);
+  const int site_y = mine.top + int(threadIdx.x) / kSitesAcross, site_x = mine.left + int(threadIdx.x) % kSitesAcross;
+  if (site_y >= min(mine.top + kSitesDown, s.query.height) || site_x >= s.query.width) return;
+  mine.write(s.matches, site_y, site_x, Best<Real>{best_score[threadIdx.x], best_place[threadIdx.x]});
 }
 
 template <class T>
@@ -289,8 +295,8 @@ TileGrid window_grid(const MatchParams& p) {
 }
 
 template <class T>
-void launch_search_own_position(const MatchParams& p, const device_acc_t<T>* key_scale, const TileMatches<T>& matches,
-                                cudaStream_t stream) {
+void launch_search_shared_window(const MatchParams& p, const device_acc_t<T>* key_scale, const TileMatches<T>& matches,
+                                 cudaStream_t stream) {
   using Shape = WindowShape<device_acc_t<T>>;
   WindowSearch<T> search{};
   search.query = FeatureMap<T>::of(p.query, p.channels), search.key = FeatureMap<T>::of(p.key, p.channels);
@@ -302,16 +308,16 @@ void launch_search_own_position(const MatchParams& p, const device_acc_t<T>* key
                   Shape::kSharedBytes};
   switch (p.patch_size) {
     case 1:
-      launch(search_own_position<T, 0>, grid, stream, search);
+      launch(search_shared_window<T, 0>, grid, stream, search);
       break;
     case 3:
-      launch(search_own_position<T, 1>, grid, stream, search);
+      launch(search_shared_window<T, 1>, grid, stream, search);
       break;
     case 5:
-      launch(search_own_position<T, 2>, grid, stream, search);
+      launch(search_shared_window<T, 2>, grid, stream, search);
       break;
     default:
-      launch(search_own_position<T, 3>, grid, stream, search);
+      launch(search_shared_window<T, 3>, grid, stream, search);
       break;
   }
 }
