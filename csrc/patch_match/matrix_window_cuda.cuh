@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kMatrixThreads, 2) search_by_matrix_units(Matr
   unsigned char* stages = shared_memory<unsigned char>();
   float* memory = shared_memory<float>();
   auto* state = reinterpret_cast<MatrixState*>(stages + Product::kBytes);
+  if (BlockTile::mine(s.matches).mixed()) return;  // a tile without passes
   const MatrixPasses<Product, T> passes(s);
   const BlockTile& tile = passes.tile;
-  if (tile.mixed()) return;
   const Range part = tile.part(s.matches.grid, passes.down * passes.across);
   state->best[threadIdx.x] = first_of_window(s.matches.target, tile.shift, TileSite::mine(tile.top, tile.left));
   for (int number = part.first; number <= part.last; ++number) {
