@@ -147,6 +147,11 @@ def test_a_window_hidden_in_the_short_frame_takes_the_light_of_another(dtype):
     assert radiance[hidden].min() > 7 and radiance[hidden].max() < 9
     plain = hdrops.merge_exposures(frames, times.log()[None])
     assert plain[hidden].max() < 2
+    # Pixels that are no data are no source of light.
+    no_data = torch.zeros(1, 2, 1, 64, 160, dtype=torch.bool)
+    no_data[:, 0, :, 6:42, 118:152] = True
+    alone = deghost(frames, times.log(), reference=1, mask=no_data)
+    assert (alone.label[0, 0][hidden] == EXCLUDED).all() and (alone.weight[0, 0, 0][hidden] == 0).all()
 
 
 # Brackets in which nothing moves.

@@ -100,6 +100,8 @@ void gemm_amx(const GemmShape& shape, int64_t step, const bfloat16* a, const bfl
     const int64_t left = shape.rows - row, rows = left < 32 ? left : 32, upper = rows < 16 ? rows : 16;
     if (rows != loaded) {
       const TileShapes shapes(upper, rows - upper, step);
+      // GCC's intrinsics do not tell it that they read memory: neither the shapes nor A may still be in registers.
+      __asm__ volatile("" : : "r"(&shapes) : "memory");
       _tile_loadconfig(&shapes);
       loaded = rows;
     }

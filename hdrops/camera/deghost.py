@@ -38,6 +38,8 @@ from hdrops.ops.patch_swap import SCALES, patch_swap
 
 KEPT, MOVED, FILLED, EXCLUDED = range(4)
 
+_LARGEST_CODE = {torch.uint8: 255, torch.uint16: 65535}
+
 # Sites of the grid on which motion is found; the scales patch_swap has set the least number a large image can have.
 _SITES = 1 << 20
 # Pixels of each frame from which the black level is found.
@@ -263,11 +265,15 @@ class _Bracket:
         replaced = moving & (box(agrees.float()[None], 2)[0] >= _AGREED_SHARE) & agrees
         excluded = moving & ~replaced
         self._write(frame, index, replaced, excluded, hole.any(0))
-        if bool((excluded & hole.any(0)).any()):
-            # From what else the reference could not show: its rim is no measure of what lies beyond its white.
-            smooth = fill_smoothly(bounds.value, moving | known.exact).clamp(known.low, known.high).clamp(least, most)
-            exposure = smooth + self.log_times[frame] + offset
-            self.unfilled.append(_Unfilled(frame, excluded, excluded & hole.any(0), exposure))
+        unfilled = excluded & hole.any(0)
+        # From what else the reference could not show: its rim is no measure of what lies beyond its white.
+        source = ~(moving | known.exact)
+        if self.masked is not None:
+            source &= ~self._masked_sites(frame)
+        without = ~source.flatten(1).any(1)[:, None, None]  # channels with nowhere to take light from
+        if bool(unfilled.any()) and not bool((unfilled & hole & without).any()):
+            smooth = fill_smoothly(bounds.value, ~source).clamp(known.low, known.high).clamp(least, most)
+            self.unfilled.append(_Unfilled(frame, excluded, unfilled, smooth + self.log_times[frame] + offset))
         merged = Bounds(*(torch.where(replaced, new, old) for new, old in zip(content, bounds, strict=True)))
         return known.narrowed(merged, (~excluded).expand_as(known.exact))
 
@@ -293,7 +299,7 @@ class _Bracket:
         here = (slice(None), *part)
         painted = torch.lerp(_readings(frame[here]), self._finely(self._reading(place.smooth))[here], share[part])
         if not frame.is_floating_point():
-            painted = (painted * (255 if frame.dtype == torch.uint8 else 65535)).round()
+            painted = (painted * _LARGEST_CODE[frame.dtype]).round()
         frame[here] = painted.to(frame.dtype)
         self.label[place.frame][self._fine(where)] = FILLED
         self._exclude(place.frame, place.excluded & ~where)
@@ -352,7 +358,7 @@ def _readings(frame: Tensor) -> Tensor:
     """Codes as float32 shares of the largest code."""
     if frame.is_floating_point():
         return frame.float().clamp(0, 1)
-    return frame.float() / (255 if frame.dtype == torch.uint8 else 65535)
+    return frame.float() / _LARGEST_CODE[frame.dtype]
 
 
 def _pooled(frame: Tensor, scale: int, strip: int = 256) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,41 +47,38 @@ struct EmulatedBracket {
   }
 };
 
+// Calls action<T, Out>() with the types of frames and radiance.
 template <class Action>
 void with_stack(const EmulatedBracket& b, const Action& action) {
   const std::string out = b.dtype == "uint8" || b.dtype == "uint16" ? (b.wide ? "float64" : "float32") : b.dtype;
-  with_pixels(b.dtype, out, action);
+  with_pixels(b.dtype, out, [&](auto in_tag, auto out_tag) {
+    using T = typename decltype(in_tag)::type;
+    using Out = typename decltype(out_tag)::type;
+    if constexpr (!(kIsCode<T> && sizeof(Out) == 2)) action.template operator()<T, Out>();
+  });
 }
 
 void merge(const EmulatedBracket& b, Address output) {
-  with_stack(b, [&](auto in_tag, auto out_tag) {
-    using T = typename decltype(in_tag)::type;
-    using Out = typename decltype(out_tag)::type;
+  with_stack(b, [&]<class T, class Out>() {
     using A = device_acc_t<Out>;
-    if constexpr (!(kIsCode<T> && sizeof(Out) == 2)) {
-      const MergeParams<A> p = b.params<A>();
-      const MergeTablesOf<A> of = b.tables<A>();
-      const Workspace workspace(merge_forward_workspace_bytes<T, Out, A>(p, of));
-      merge_forward_cuda<T, Out, A>(p, of, static_cast<Out*>(at(output)), workspace.get(), nullptr);
-    }
+    const MergeParams<A> p = b.params<A>();
+    const MergeTablesOf<A> of = b.tables<A>();
+    const Workspace workspace(merge_forward_workspace_bytes<T, Out, A>(p, of));
+    merge_forward_cuda<T, Out, A>(p, of, static_cast<Out*>(at(output)), workspace.get(), nullptr);
   });
 }
 
 void merge_backward(const EmulatedBracket& b, Address grad_output, Address grad_stack, Address grad_log_exposures,
                     Address grad_curve) {
-  with_stack(b, [&](auto in_tag, auto out_tag) {
-    using T = typename decltype(in_tag)::type;
-    using Out = typename decltype(out_tag)::type;
+  with_stack(b, [&]<class T, class Out>() {
     using A = device_acc_t<Out>;
-    if constexpr (!(kIsCode<T> && sizeof(Out) == 2)) {
-      const MergeParams<A> p = b.params<A>();
-      const MergeTablesOf<A> of = b.tables<A>();
-      const MergeOutputs<A> gradients{at(grad_stack), static_cast<A*>(at(grad_log_exposures)),
-                                      static_cast<A*>(at(grad_curve))};
-      const Workspace workspace(merge_backward_workspace_bytes<T, Out, A>(p, of, grad_curve != 0));
-      merge_backward_cuda<T, Out, A>(p, of, static_cast<const Out*>(at(grad_output)), gradients, workspace.get(),
-                                     nullptr);
-    }
+    const MergeParams<A> p = b.params<A>();
+    const MergeTablesOf<A> of = b.tables<A>();
+    const MergeOutputs<A> gradients{at(grad_stack), static_cast<A*>(at(grad_log_exposures)),
+                                    static_cast<A*>(at(grad_curve))};
+    const Workspace workspace(merge_backward_workspace_bytes<T, Out, A>(p, of, grad_curve != 0));
+    merge_backward_cuda<T, Out, A>(p, of, static_cast<const Out*>(at(grad_output)), gradients, workspace.get(),
+                                   nullptr);
   });
 }
 
